@@ -1,0 +1,64 @@
+"""batchsd: a Parquet manifest of prompts in, a dataset of pictures out.
+
+The front door for plugin authors: decorate functions with `hookimpl`, build on the names below, and test with
+`batchsd.testing`. Importing batchsd pulls in neither torch nor ray; `Scheduler` loads torch when first asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from batchsd.types import (
+    Blend,
+    Branch,
+    Conditioning,
+    ModelFacts,
+    Progress,
+    Record,
+    Request,
+    RowError,
+    Shard,
+    ShardResult,
+    Sink,
+    SinkWriter,
+    Task,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from batchsd.diffusion.scheduler import Scheduler
+
+__version__ = "0.1.0"  # pyproject.toml reads it from here
+
+hookimpl = pluggy.HookimplMarker("batchsd")
+"""Marks a plugin's function as the implementation of the hook of its name (see `batchsd.hookspecs`)."""
+
+__all__ = [
+    "Blend",
+    "Branch",
+    "Conditioning",
+    "ModelFacts",
+    "Progress",
+    "Record",
+    "Request",
+    "RowError",
+    "Scheduler",
+    "Shard",
+    "ShardResult",
+    "Sink",
+    "SinkWriter",
+    "Task",
+    "UsageError",
+    "__version__",
+    "hookimpl",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Scheduler":
+        from batchsd.diffusion.scheduler import Scheduler
+
+        return Scheduler
+    raise AttributeError(f"module 'batchsd' has no attribute {name!r}")

@@ -1,0 +1,236 @@
+"""What an output row holds: the manifest's columns, the settings that were used, the picture and its fate.
+
+Our columns always have our types (`steps` is int32, whatever integer the manifest used) and hold the values
+as used; all other manifest columns travel untouched. Every field is nullable, every shard has one schema.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from batchsd.job import Job
+from batchsd.job_errors import suggestion
+from batchsd.redact import redact
+from batchsd.types import Record, UsageError
+
+# Exactly this, nullable and in this order: anything else loads as plain dicts in `datasets`.
+IMAGE_TYPE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
+
+RESOLVED: Mapping[str, pa.DataType] = {
+    "prompt": pa.string(),
+    "negative_prompt": pa.string(),
+    "seed": pa.int64(),
+    "steps": pa.int32(),
+    "guidance_scale": pa.float64(),
+    "height": pa.int32(),
+    "width": pa.int32(),
+    "scheduler": pa.string(),
+    "task": pa.string(),
+    "repeat_index": pa.int32(),
+}
+"""What a row may ask, as used. A manifest may hold all but `repeat_index`."""
+
+MADE: Mapping[str, pa.DataType] = {
+    "image": IMAGE_TYPE,
+    "status": pa.string(),
+    "error": pa.string(),
+    "row_hash": pa.string(),
+    "model": pa.string(),
+    "batchsd": pa.string(),
+}
+"""What only the run can know."""
+
+INPUT_COLUMNS = (*(name for name in RESOLVED if name != "repeat_index"), "id", "strength")
+IMAGE_INPUTS = ("init_image", "depth", "mask", "control_image")
+
+OURS, MANIFEST = (
+    b"batchsd",
+    b"batchsd.manifest",
+)  # field metadata: which of our values, or which manifest column
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One output column: `ours` names our value, else `manifest` the column that travels."""
+
+    name: str
+    type: pa.DataType
+    ours: str | None = None
+    manifest: str | None = None
+
+
+def manifest_column(name: str, job: Job) -> str:
+    """The manifest's name of one of our columns."""
+    return job.input.columns.get(name, name)
+
+
+def travelling(manifest_schema: pa.Schema, job: Job) -> list[str]:
+    """The manifest columns that go to the output: all, but condition images held as bytes.
+
+    Those stay behind unless `output.keep_inputs`; paths travel.
+    """
+    images = {manifest_column(name, job) for name in IMAGE_INPUTS}
+    return [
+        field.name
+        for field in manifest_schema
+        if job.output.keep_inputs or field.name not in images or not holds_bytes(field.type)
+    ]
+
+
+def layout(manifest_schema: pa.Schema, job: Job) -> list[Column]:
+    """The output's columns in order. Raises UsageError where a rename is unknown or two bear one name."""
+    renames = job.output.columns
+    known = {*RESOLVED, *MADE, *INPUT_COLUMNS, *IMAGE_INPUTS, *job.input.columns, *manifest_schema.names}
+    for ours in renames:
+        if ours not in known:
+            raise UsageError(f"{job.where('output.columns')}: no column {ours!r}{suggestion(ours, known)}")
+    columns = [
+        _manifest_column(manifest_schema.field(name), job) for name in travelling(manifest_schema, job)
+    ]
+    placed = {column.ours for column in columns}
+    for ours, kind in {**RESOLVED, **MADE}.items():
+        if ours not in placed:
+            columns.append(Column(renames.get(ours, ours), kind, ours=ours))
+    _check_names_differ(columns, job)
+    return columns
+
+
+def _manifest_column(field: pa.Field, job: Job) -> Column:
+    ours = _takes_place(field.name, job)
+    if ours:
+        return Column(job.output.columns.get(ours, ours), RESOLVED[ours], ours=ours)
+    return Column(_new_name(field.name, job), field.type, manifest=field.name)
+
+
+def _takes_place(name: str, job: Job) -> str | None:
+    """The value of ours that is written in place of a manifest column.
+
+    The manifest's own `prompt` becomes the prompt as used. A column that input.columns maps to one of ours
+    stays beside it, unless output.columns gives ours that very name.
+    """
+    if name in RESOLVED and name != "repeat_index" and manifest_column(name, job) == name:
+        return name
+    mapped = [ours for ours, theirs in job.input.columns.items() if theirs == name and ours in RESOLVED]
+    return next((ours for ours in mapped if job.output.columns.get(ours, ours) == name), None)
+
+
+def _new_name(name: str, job: Job) -> str:
+    mapped = [ours for ours, theirs in job.input.columns.items() if theirs == name]
+    for ours in (name, *mapped):
+        if ours in job.output.columns and ours not in RESOLVED and ours not in MADE:
+            return job.output.columns[ours]
+    return name
+
+
+def _check_names_differ(columns: Sequence[Column], job: Job) -> None:
+    counts = Counter(column.name for column in columns)
+    twice = [column for column in columns if counts[column.name] > 1]
+    if not twice:
+        return
+    name = twice[0].name
+    ours = next((column.ours for column in twice if column.name == name and column.ours), None)
+    if ours is None or name in job.output.columns.values():
+        raise UsageError(
+            f"{job.where('output.columns')}: two output columns would be called {name!r}; choose another name"
+        )
+    raise UsageError(
+        f"{job.where('input.manifest')}: the manifest's column {name!r} bears the name of an output column - "
+        f'rename ours: output.columns = {{ {ours} = "{ours}_out" }}'
+    )
+
+
+def output_schema(manifest_schema: pa.Schema, job: Job, metadata: Mapping[str, Any]) -> pa.Schema:
+    """The one schema of all shards of a run.
+
+    `metadata` is ours (JSON values: `model` and `version`, which fill the columns `model` and `batchsd`, the
+    plan's hash, versions) and is stored under the key `batchsd` together with the job, redacted; the key
+    `huggingface` makes `datasets` show pictures.
+    """
+    fields = []
+    for column in layout(manifest_schema, job):
+        origin = {OURS: column.ours} if column.ours else {MANIFEST: column.manifest}
+        fields.append(pa.field(column.name, column.type, nullable=True, metadata=origin))
+    pictures = {field.name: {"_type": "Image"} for field in fields if field.type == IMAGE_TYPE}
+    ours = {**metadata, "job": redact(job.resolved()), "job_hash": job.hash()}
+    return pa.schema(
+        fields,
+        metadata={
+            "huggingface": json.dumps({"info": {"features": pictures}}),
+            "batchsd": json.dumps(ours, sort_keys=True),
+        },
+    )
+
+
+def to_table(records: Sequence[Record], schema: pa.Schema, name: str) -> pa.Table:
+    """Finished rows as a table of `output_schema`; `name` is the shard's (`train-00042-of-00391`).
+
+    A failed row has a null picture. Settings of a row that never ran are null where they were refused.
+    """
+    facts = json.loads(schema.metadata[b"batchsd"])
+    given = pa.concat_tables([record.request.columns for record in records])
+    arrays = []
+    for field in schema:
+        ours = field.metadata.get(OURS)
+        if ours is None:
+            column = given.column(field.metadata[MANIFEST].decode())
+            arrays.append(column.combine_chunks())
+        else:
+            value = _VALUES[ours.decode()]
+            arrays.append(pa.array([value(record, name, facts) for record in records], type=field.type))
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def picture_name(name: str, index: int, extension: str) -> str:
+    """A picture's bare file name, from its shard and row alone: `00042-000017.png`.
+
+    Never from the user's id, which is data and may hold any character.
+    """
+    _, number, _, _, *plan = name.split("-")
+    return f"{'-'.join([number, *plan, f'{index:06d}'])}.{extension}"
+
+
+def _picture(record: Record, name: str) -> dict[str, Any] | None:
+    if record.image is None:
+        return None
+    path = picture_name(name, record.request.index, record.extension)
+    return {"bytes": record.image, "path": path}
+
+
+def _asked(name: str) -> Callable[[Record, str, Mapping[str, Any]], Any]:
+    return lambda record, shard, facts: getattr(record.request, name)
+
+
+def _drawn(name: str) -> Callable[[Record, str, Mapping[str, Any]], Any]:
+    def size(record: Record, shard: str, facts: Mapping[str, Any]) -> int | None:
+        drawn = getattr(record, name)
+        return getattr(record.request, name) if drawn is None else drawn
+
+    return size
+
+
+_VALUES: Mapping[str, Callable[[Record, str, Mapping[str, Any]], Any]] = {
+    **{name: _asked(name) for name in RESOLVED},
+    "height": _drawn("height"),
+    "width": _drawn("width"),
+    "image": lambda record, shard, facts: _picture(record, shard),
+    "status": lambda record, shard, facts: record.status,
+    # An exception's text may hold half a character (a file name that is not UTF-8).
+    "error": lambda record, shard, facts: record.error and record.error.encode("utf-8", "replace").decode(),
+    "row_hash": lambda record, shard, facts: record.request.row_hash or None,
+    "model": lambda record, shard, facts: facts.get("model"),
+    "batchsd": lambda record, shard, facts: facts.get("version"),
+}
+
+
+def holds_bytes(kind: pa.DataType) -> bool:
+    """Whether a type is binary, or holds binary within."""
+    types = pa.types
+    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
+        return True
+    return any(holds_bytes(kind.field(i).type) for i in range(kind.num_fields))

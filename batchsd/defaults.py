@@ -1,0 +1,33 @@
+"""What batchsd itself brings, through the same hooks as any other plugin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from batchsd import hookimpl
+from batchsd.types import Sink, Task
+
+if TYPE_CHECKING:
+    from batchsd.diffusion.scheduler import Scheduler
+
+
+@hookimpl
+def register_schedulers() -> Mapping[str, Scheduler]:
+    from batchsd.diffusion.scheduler import BUILTIN
+
+    return BUILTIN
+
+
+@hookimpl
+def register_tasks() -> Mapping[str, Task]:
+    from batchsd.tasks.text import TextTask
+
+    return {"text": TextTask()}
+
+
+@hookimpl
+def register_sinks() -> Mapping[str, Sink]:
+    from batchsd.sinks.parquet import ParquetSink
+
+    return {"parquet": ParquetSink()}

@@ -1,0 +1,47 @@
+"""Guidance mixes what a row's branches predict:
+
+    guided = sum_i w_i output_i          classifier-free (Ho and Salimans, 2022): w = (1 - g, g)
+
+`rescaled` then takes back the contrast that a large g adds (Lin et al., 2023, section 3.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def classifier_free(scale: float, interval: Sequence[float] = ()) -> Callable[[float], tuple[float, float]]:
+    """Weights of (negative, positive) by k-diffusion's sigma of the call: `Conditioning.weights`.
+
+    With `interval` (low, high) guidance acts only for low < sigma <= high (Kynkaanniemi et al., 2024), elsewhere the
+    positive stands alone.
+    """
+    low, high = interval or (-1.0, float("inf"))
+
+    def weights(sigma: float) -> tuple[float, float]:
+        return (1 - scale, scale) if low < sigma <= high else (0.0, 1.0)
+
+    return weights
+
+
+def weighted_sum(outputs: torch.Tensor, lanes: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Guided outputs [R, ...] from lanes' outputs [L, ...].
+
+    lanes int64 [R, B] says where each row's branches were evaluated, weights [R, B]; a row with fewer branches
+    repeats one of its own lanes at weight 0, so that no row touches another's numbers (0 * nan is nan).
+    """
+    picked = outputs[lanes]
+    return (weights.to(picked).reshape(*weights.shape, *[1] * (picked.ndim - 2)) * picked).sum(1)
+
+
+def rescaled(guided: torch.Tensor, positive: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+    """Mix `guided` [R, ...] with itself at the standard deviation of the `positive` branch, by strength [R].
+
+    Deviations run over all but the first dimension (C, H, W) of the raw predictions. Strength 0 changes nothing.
+    """
+    dims = tuple(range(1, guided.ndim))
+    ratio = positive.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+    phi = strength.to(guided).reshape(-1, *[1] * (guided.ndim - 1))
+    return torch.where(phi > 0, guided * (phi * ratio + (1 - phi)), guided)

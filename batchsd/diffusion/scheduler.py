@@ -1,0 +1,137 @@
+"""A `Scheduler` is what a plugin registers: a sampler, how its levels are made, and the names it goes by.
+
+    program = Scheduler("mine", sampler=mine).program(schedule, steps=20)
+
+Its options are the keyword parameters of these two functions. A value comes, in rising order, from their
+defaults, the class defaults (`defaults`), the checkpoint's scheduler_config.json, what the name means (`preset`),
+and the job. So a name equals diffusers' `Class.from_config(the checkpoint's scheduler config)`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+from batchsd.diffusion.levels import LevelMaker, on_sigmas
+from batchsd.diffusion.program import Keeps, Program, trace
+from batchsd.diffusion.samplers import Sampler
+from batchsd.diffusion.schedule import NoiseSchedule
+from batchsd.types import UsageError
+
+CONFIG_KEYS: Mapping[str, str] = {
+    "spacing": "timestep_spacing",
+    "order": "solver_order",
+    "final_sigma": "final_sigmas_type",
+}
+"""Options that scheduler_config.json calls by another name."""
+
+SIGMA_FLAGS = {
+    "use_karras_sigmas": "karras",
+    "use_exponential_sigmas": "exponential",
+}
+"""Flags of scheduler_config.json and the value of the option `sigmas` that each stands for."""
+
+NOT_BUILT = {
+    "thresholding": "dynamic thresholding is not linear in the latent",
+    "use_flow_sigmas": "flow matching is another process than this one",
+    "use_dynamic_shifting": "flow matching is another process than this one",
+}
+"""Settings of scheduler_config.json that would change pictures and that no table here does."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scheduler:
+    """A named way down from noise.
+
+    `keeps` names the estimate that its history holds: "x0", or "eps" for methods over slopes (LMS, PLMS).
+    `aliases` are its names elsewhere, `diffusers` the class that it equals. `calls` is network calls a step.
+    """
+
+    name: str
+    sampler: Sampler
+    levels: LevelMaker = on_sigmas
+    keeps: Keeps = "x0"
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    preset: Mapping[str, Any] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    diffusers: str = ""
+    calls: int = 1
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Every option that it takes, with the value that it has when nobody says anything."""
+        found = {**keyword_defaults(self.levels), **keyword_defaults(self.sampler)}
+        for name in [*self.defaults, *self.preset]:
+            if name not in found:
+                raise UsageError(f"scheduler {self.name!r}: has no option {name!r}; have {', '.join(found)}")
+        return {**found, **self.defaults, **self.preset}
+
+    def program(
+        self, schedule: NoiseSchedule | Mapping[str, Any], steps: int, begin: int = 0, **options: Any
+    ) -> Program:
+        """The table of a walk of `steps` steps, the first `begin` skipped; the history starts afresh there.
+
+        `options` of None or "" mean "as the checkpoint says". The last thousand programs are kept, by the identity
+        of `schedule`. Raises UsageError: an unknown option or value, or a sampler that is not linear.
+        """
+        if isinstance(schedule, Mapping):
+            schedule = NoiseSchedule.from_config(schedule)
+        given = {k: v for k, v in options.items() if v is not None and v != ""}
+        return build(self, schedule, steps, begin, tuple(sorted(given.items())))
+
+    def resolved(self, schedule: NoiseSchedule, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The value of every option: job over preset over checkpoint over class. Raises UsageError."""
+        known = self.options
+        for name in given:
+            if name not in known:
+                raise UsageError(
+                    f"sampler.{name}: scheduler {self.name!r} has no such option; have {', '.join(known)}"
+                )
+        for key, reason in NOT_BUILT.items():
+            if schedule.config.get(key):
+                raise UsageError(f"scheduler_config.json: {key}: {reason}; set it to false")
+        read = {k: v for k, v in config_options(schedule.config).items() if k in known}
+        return {**known, **read, **self.preset, **given}
+
+
+def keyword_defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """Keyword-only parameters and their defaults: the options of a sampler or a level maker."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def config_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler_config.json in the words of our options (other keys as they are; null means absent)."""
+    said = {k: v for k, v in config.items() if v is not None}
+    renamed = {ours: said[theirs] for ours, theirs in CONFIG_KEYS.items() if theirs in said}
+    bends = {"sigmas": word for flag, word in SIGMA_FLAGS.items() if said.get(flag)}
+    return {**said, **renamed, **bends}
+
+
+@lru_cache(maxsize=1000)
+def build(
+    scheduler: Scheduler, schedule: NoiseSchedule, steps: int, begin: int, given: tuple[tuple[str, Any], ...]
+) -> Program:
+    """`Scheduler.program`, remembered: tracing takes milliseconds, and a job's rows repeat their settings."""
+    options = scheduler.resolved(schedule, dict(given))
+    ours = {k: options[k] for k in keyword_defaults(scheduler.levels)}
+    levels = scheduler.levels(schedule, steps, begin, **ours)
+    theirs = {k: options[k] for k in keyword_defaults(scheduler.sampler)}
+    return trace(
+        scheduler.name, scheduler.sampler, levels, schedule.prediction_type, scheduler.keeps, **theirs
+    )
+
+
+def with_curves(scheduler: Scheduler) -> list[Scheduler]:
+    """The scheduler, and it on Karras and exponential sigmas under its names with that word behind them."""
+    found = [scheduler]
+    if "sigmas" in keyword_defaults(scheduler.levels):
+        for word in ("karras", "exponential"):
+            names = tuple(f"{a} {word.title()}" for a in scheduler.aliases)
+            preset = {**scheduler.preset, "sigmas": word}
+            name = f"{scheduler.name}_{word}"
+            found.append(replace(scheduler, name=name, aliases=names, preset=preset, diffusers=""))
+    return found

@@ -1,0 +1,150 @@
+"""Finding and opening manifest files, on a local disk or an object store, through pyarrow.fs."""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from batchsd.redact import redact
+from batchsd.types import InfrastructureError, UsageError
+
+BUFFER_BYTES = 2**20  # read column chunks by pieces, not whole
+HASH_BYTES = 2**22
+WILDCARDS = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The file system of a manifest, that can be opened again on a worker: its URI, "" for the local disk."""
+
+    uri: str
+
+    def files(self) -> pafs.FileSystem:
+        with reading(self.uri):
+            return pafs.FileSystem.from_uri(self.uri)[0] if self.uri else pafs.LocalFileSystem()
+
+
+@contextmanager
+def reading(where: str, place: Place | None = None) -> Iterator[None]:
+    """Turns what pyarrow raises into one line that begins with `where`.
+
+    Damaged content is a UsageError (again would not help), a store that fails an InfrastructureError.
+    """
+    where = redact(where)
+    try:
+        yield
+    except FileNotFoundError:
+        raise UsageError(f"{where}: no such file") from None
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as error:
+        raise UsageError(f"{where}: not a readable Parquet file: {_first_line(error)}") from None
+    except OSError as error:
+        # pyarrow raises a bare OSError for damaged pages; a disk or a network error carries its number.
+        damaged = error.errno is None and not str(error).startswith("AWS") and not (place and place.uri)
+        kind = UsageError if damaged or isinstance(error, PermissionError) else InfrastructureError
+        raise kind(f"{where}: cannot be read: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return redact(str(error).splitlines()[0]) if str(error) else type(error).__name__
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file of the manifest: its path in its place, and its name below the manifest's root."""
+
+    path: str
+    name: str
+    size: int
+    mtime_ns: int
+
+
+def find(uri: str) -> tuple[Place, list[Found]]:
+    """The Parquet files that a path, glob, folder or URI stands for, in order of their names.
+
+    In a glob `*` and `?` stay within a folder and `**` crosses them; a folder is taken with all that lies
+    below it. Names that begin with `_` or `.` are left out. Raises UsageError where there is nothing.
+    """
+    place, path = _split(uri)
+    files = place.files()
+    with reading(uri, place):
+        info = files.get_file_info(path)
+        if info.type == pafs.FileType.File:
+            return place, [_found(info, posixpath.dirname(path))]
+        if info.type == pafs.FileType.Directory:
+            root, wanted = path, re.compile(r"(.*/)?[^/]*\.parquet", re.IGNORECASE)
+        elif WILDCARDS.search(path):
+            root, wanted = _glob(path)
+        else:
+            raise UsageError(f"{redact(uri)}: no such file or folder")
+        # A glob of one folder need not list the folders below it.
+        below = root == path or "/" in path[len(root) + 1 :] or "**" in path
+        selector = pafs.FileSelector(root, allow_not_found=True, recursive=below)
+        infos = [info for info in files.get_file_info(selector) if info.type == pafs.FileType.File]
+    found = [_found(info, root) for info in infos]
+    found = [file for file in found if wanted.fullmatch(file.name) and not re.search(r"(^|/)[_.]", file.name)]
+    if not found:
+        what = "no .parquet file in this folder" if root == path else "no file matches"
+        raise UsageError(f"{redact(uri)}: {what}")
+    return place, sorted(found, key=lambda file: file.name)
+
+
+def _split(uri: str) -> tuple[Place, str]:
+    if "://" not in uri:
+        return Place(""), uri
+    base, mark, query = uri.partition("?")
+    fixed = WILDCARDS.split(base)[0].rpartition("/")[0] if WILDCARDS.search(base) else base
+    try:
+        _, path = pafs.FileSystem.from_uri(fixed + mark + query)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise UsageError(f"{redact(uri)}: not a place that can be opened: {_first_line(error)}") from None
+    return Place(fixed + mark + query), path + base[len(fixed) :]
+
+
+def _glob(path: str) -> tuple[str, re.Pattern[str]]:
+    """The folder before the first wildcard, and the pattern of the names below it."""
+    fixed = WILDCARDS.split(path)[0].rpartition("/")[0]
+    pattern = ""
+    for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^\]]*\]|.", path[len(fixed) :].lstrip("/")):
+        wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+        is_class = len(token) > 2 and token[0] == "["
+        pattern += wild.get(token) or (token.replace("[!", "[^", 1) if is_class else re.escape(token))
+    return fixed or "/", re.compile(pattern)
+
+
+def _found(info: pafs.FileInfo, root: str) -> Found:
+    name = info.path[len(root) :].lstrip("/") if root else info.path
+    return Found(info.path, name, info.size, info.mtime_ns or 0)
+
+
+def open_parquet(
+    place: Place, path: str, where: str, dictionaries: list[str] | None = None
+) -> pq.ParquetFile:
+    """A Parquet file, its footer read. `dictionaries` are columns to keep dictionary-encoded as stored.
+
+    Page checksums are verified where the file has them, and column chunks are read by pieces.
+    """
+    with reading(where, place):
+        return pq.ParquetFile(
+            place.files().open_input_file(path),
+            read_dictionary=dictionaries,
+            buffer_size=BUFFER_BYTES,
+            pre_buffer=False,
+            page_checksum_verification=True,
+        )
+
+
+def sha256(place: Place, path: str, where: str) -> str:
+    """The file's sha256 in hex, read as a stream."""
+    state = hashlib.sha256()
+    with reading(where, place), place.files().open_input_stream(path) as stream:
+        while chunk := stream.read(HASH_BYTES):
+            state.update(chunk)
+    return state.hexdigest()

@@ -1,0 +1,312 @@
+"""What "done" means: a shard is done when its marker exists, and a marker is only ever created, never changed.
+
+    marker (create-only) -> publish from that marker's staging folder -> remove the staging folder
+
+Whoever is cut off between two of these steps is finished by the next start (`roll_forward`). Workers write only
+into `staging/<shard>.<nonce>/`; a folder there is dead as soon as its shard has a marker of another nonce.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+from batchsd.store import Store
+from batchsd.types import InfrastructureError, OutputFile, Shard, ShardResult, UsageError
+
+DATA = "data"
+OURS = "__batchsd"  # `datasets`, Spark and the rest skip names with two underscores in front
+STAGING = f"{OURS}/staging"
+SUCCESS = f"{OURS}/SUCCESS.json"
+STATUS = f"{OURS}/status.json"
+MARKER = re.compile(r"\d{5}\.json")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is to make, fixed before the first row is drawn.
+
+    `hard` facts change pixels: another value is another run. `soft` ones move them by rounding at most.
+    `files` are the manifest's, in order: name, size, sha256, rows. `rows` counts output rows; `rows_per_shard`
+    counts manifest rows; `schema` is the output's, column -> Arrow type.
+    """
+
+    number: int
+    hard: Mapping[str, Any]
+    soft: Mapping[str, Any]
+    files: tuple[Mapping[str, Any], ...]
+    rows: int
+    rows_per_shard: int
+    repeat: int
+    shards: int
+    sink: str
+    schema: Mapping[str, str]
+    job: Mapping[str, Any] = field(default_factory=dict)
+
+    def identity(self) -> dict[str, Any]:
+        """All that a resumed run must agree on, by dotted name."""
+        facts = {f"input file {f['name']}": f"{f['rows']} rows, sha256 {f['sha256']}" for f in self.files}
+        facts |= {f"output column {name}": kind for name, kind in self.schema.items()}
+        facts["input files"] = [f["name"] for f in self.files]
+        facts["output columns"] = list(self.schema)
+        for name in ("rows", "rows_per_shard", "repeat", "shards", "sink"):
+            facts[name] = getattr(self, name)
+        return {**self.hard, **facts}
+
+    @cached_property
+    def hash(self) -> str:
+        """128 bits, in hex, over the identity."""
+        return hashlib.blake2b(_json(self.identity()), digest_size=16).hexdigest()
+
+    def differences(self, other: Plan) -> list[str]:
+        """One readable line for each fact in which `other` is another run."""
+        mine, theirs = _plain(self.identity()), _plain(other.identity())
+        names = [name for name in (*mine, *(theirs.keys() - mine.keys())) if mine.get(name) != theirs.get(name)]
+        return [f"{name}: {_short(mine.get(name))} -> {_short(theirs.get(name))}" for name in names]
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """The commit of one shard: everything `status` and `verify` need to know about it."""
+
+    shard: int
+    rows: int
+    ok: int
+    failed: Mapping[str, int]
+    bytes: int
+    sha256: str
+    files: tuple[OutputFile, ...]
+    nonce: str
+    attempt: int
+    plan_hash: str
+    facts: Mapping[str, Any]
+    timings: Mapping[str, float]
+
+
+@dataclass(slots=True)
+class Tally:
+    """The sum of the markers."""
+
+    done: set[int] = field(default_factory=set)
+    rows: int = 0
+    ok: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+
+    def add(self, marker: Marker) -> None:
+        self.done.add(marker.shard)
+        self.rows += marker.rows
+        self.ok += marker.ok
+        self.failed.update(marker.failed)
+
+
+class Ledger:
+    """The plan and the markers of one run folder. Only a driver calls the methods that write."""
+
+    def __init__(self, store: Store, number: int = 1) -> None:
+        self.store = store
+        self.number = number
+        self.folder = f"{OURS}/ledger/{number:04d}"
+        self.plan_name = f"{OURS}/plans/{number:04d}.json"
+
+    def plan(self) -> Plan | None:
+        """The plan that stands, or None in a folder that has none yet."""
+        data = self.store.read(self.plan_name)
+        if data is None:
+            return None
+        values = json.loads(data)
+        kept = {f.name: values[f.name] for f in fields(Plan)}
+        return Plan(**{**kept, "files": tuple(kept["files"])})
+
+    def begin(self, plan: Plan) -> Plan:
+        """Write the plan into a fresh folder, or find the same one there: the run goes on.
+
+        Raises UsageError where the folder holds another plan (with the differences) or something that is not ours.
+        """
+        self.check(plan)
+        text = {**asdict(plan), "hash": plan.hash}
+        self.store.create_only(self.plan_name, json.dumps(text, indent=1).encode())
+        self.check(plan)  # another driver may have been faster
+        return plan
+
+    def check(self, plan: Plan) -> Plan | None:
+        """`begin` without writing: the plan that stands, if any, is this one."""
+        standing = self.plan()
+        if standing is None:
+            self._refuse_foreign()
+        elif lines := standing.differences(plan):
+            raise UsageError(
+                f"{self.store.uri} holds another run; what differs (there -> now):\n  "
+                + "\n  ".join(lines)
+                + "\nset the old values again to go on with it, or give another output.uri"
+            )
+        return standing
+
+    def markers(self) -> Iterator[Marker]:
+        """The marker of each finished shard, in order of shards."""
+        for name in self.store.children(self.folder):
+            if MARKER.fullmatch(name):
+                marker = self._marker(f"{self.folder}/{name}")
+                assert marker is not None, name
+                yield marker
+
+    def tally(self) -> Tally:
+        total = Tally()
+        for marker in self.markers():
+            total.add(marker)
+        return total
+
+    def roll_forward(self) -> Tally:
+        """Finish every commit that was cut off after its marker; give the sum of all markers.
+
+        Raises UsageError where a published file is gone or has another size and nothing is staged to mend it.
+        """
+        total = Tally()
+        published = dict(self.store.entries(DATA))
+        staged = set(self.store.children(STAGING))
+        for marker in self.markers():
+            total.add(marker)
+            whole = all(published.get(file.name) == file.bytes for file in marker.files)
+            if not whole or _staging_name(marker.shard, marker.nonce) in staged:
+                self._publish(marker)
+        self._sweep(total.done)
+        return total
+
+    def attempts(self) -> Counter[int]:
+        """How many attempts at each unfinished shard have left something in staging."""
+        return Counter(int(name.partition(".")[0]) for name in self.store.children(STAGING))
+
+    def commit(self, result: ShardResult, attempt: int, plan: Plan) -> Marker:
+        """Make a staged shard the one that counts, unless another attempt at it already is.
+
+        Gives the marker that stands; repeating the call, at any time, changes nothing.
+        """
+        shard = result.shard
+        marker = Marker(
+            shard=shard.index,
+            rows=result.rows,
+            ok=result.ok,
+            failed=dict(result.failed),
+            bytes=sum(file.bytes for file in result.files),
+            sha256=_sha256_of(result.files),
+            files=result.files,
+            nonce=result.nonce,
+            attempt=attempt,
+            plan_hash=plan.hash,
+            facts=dict(result.facts),
+            timings=dict(result.timings),
+        )
+        name = f"{self.folder}/{shard.index:05d}.json"
+        if not self.store.create_only(name, json.dumps(asdict(marker), indent=1).encode()):
+            standing = self._marker(name)
+            assert standing is not None, name
+            marker = standing
+        self._publish(marker)
+        self._sweep({shard.index})
+        return marker
+
+    def finish(self, plan: Plan) -> Tally:
+        """Check that the markers cover every shard once and add up to the plan, and write SUCCESS.json."""
+        total = self.tally()
+        missing = sorted(set(range(plan.shards)) - total.done)
+        if missing or len(total.done) != plan.shards or total.rows != plan.rows:
+            raise InfrastructureError(
+                f"{self.store.uri}: the markers hold {total.rows} of {plan.rows} rows in {len(total.done)} of "
+                f"{plan.shards} shards (missing: {missing[:5]}); run the same command again"
+            )
+        summary = {
+            "plan": plan.hash,
+            "shards": plan.shards,
+            "rows": total.rows,
+            "ok": total.ok,
+            "failed": dict(total.failed),
+        }
+        self.store.put(SUCCESS, json.dumps(summary, indent=1).encode())
+        self._sweep(total.done)
+        return total
+
+    def write_status(self, values: Mapping[str, Any]) -> None:
+        self.store.put(STATUS, json.dumps(values, indent=1).encode())
+
+    def status(self) -> dict[str, Any] | None:
+        """What the driver last wrote of itself."""
+        data = self.store.read(STATUS)
+        return None if data is None else json.loads(data)
+
+    def log_attempt(self, shard: Shard, attempt: int, nonce: str, text: str) -> str:
+        """Keep why an attempt failed, for good; give the file's name."""
+        name = f"{OURS}/attempts/{shard.index:05d}.{attempt}.{nonce}.txt"
+        self.store.create_only(name, text.encode())
+        return name
+
+    def _refuse_foreign(self) -> None:
+        strangers = [name for name in self.store.children("") if name != OURS]
+        if strangers:
+            raise UsageError(
+                f"output.uri: {self.store.uri} is not empty and holds no run of batchsd "
+                f"(first: {strangers[0]!r}); nothing was touched: give another folder, or empty it yourself"
+            )
+
+    def _marker(self, name: str) -> Marker | None:
+        data = self.store.read(name)
+        if data is None:
+            return None
+        values = json.loads(data)
+        files = tuple(OutputFile(**file) for file in values["files"])
+        return Marker(**{**values, "files": files})
+
+    def _publish(self, marker: Marker) -> None:
+        staging = f"{STAGING}/{_staging_name(marker.shard, marker.nonce)}"
+        moved = [self.store.publish(f"{staging}/{file.name}", f"{DATA}/{file.name}") for file in marker.files]
+        if not all(moved):  # moved before, by us or by another driver
+            published = dict(self.store.entries(DATA))
+            for file in marker.files:
+                if published.get(file.name) != file.bytes:
+                    raise UsageError(
+                        f"{self.store.uri}/{DATA}/{file.name} is missing or changed, and was complete before; put "
+                        f"it back, or delete {self.folder}/{marker.shard:05d}.json and run again to redraw it"
+                    )
+        self.store.remove(staging)
+
+    def _sweep(self, done: Iterable[int]) -> None:
+        """Remove what attempts left in staging for shards that are committed: nobody can want it any more."""
+        done = set(done)
+        for name in self.store.children(STAGING):
+            if int(name.partition(".")[0]) in done:
+                self.store.remove(f"{STAGING}/{name}")
+
+
+def staging_folder(shard: Shard, nonce: str) -> str:
+    """Where an attempt at a shard builds its files, relative to the run folder."""
+    return f"{STAGING}/{_staging_name(shard.index, nonce)}"
+
+
+def _staging_name(shard: int, nonce: str) -> str:
+    return f"{shard:05d}.{nonce}"
+
+
+def _sha256_of(files: tuple[OutputFile, ...]) -> str:
+    """The file's own hash; of several, the hash of what `sha256sum` would list."""
+    if len(files) == 1:
+        return files[0].sha256
+    listing = "".join(f"{file.sha256}  {file.name}\n" for file in files)
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from a JSON file: tuples are lists."""
+    return json.loads(_json(value))
+
+
+def _short(value: Any) -> str:
+    text = "absent" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:48]} ... {text[-24:]}"

@@ -1,0 +1,154 @@
+"""The U-Net: (noisy latents, timestep, text) -> prediction, with diffusers' parameter names.
+
+Down the levels, a middle, up again; each block on the way up first takes the matching block's output from the
+way down as a skip (Ronneberger et al. 2015; Rombach et al. 2022). SD1.5: 12 blocks down, 1, 12 up.
+Shapes: B rows, C channels, H W latent size, T tokens, D context width, E time-embedding width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from batchsd.model.config import UNetConfig
+from batchsd.model.layers import (
+    Downsample2D,
+    ResnetBlock2D,
+    TimestepEmbedding,
+    Transformer2DModel,
+    Upsample2D,
+    sinusoids,
+)
+
+
+class DownBlock(nn.Module):
+    """One level on the way down: (resnet, attention) pairs, then half the size."""
+
+    def __init__(self, config: UNetConfig, level: int, c_in: int) -> None:
+        super().__init__()
+        c_out, layers = config.channels[level], config.layers[level]
+        self.resnets = nn.ModuleList(_resnet(config, c_in if i == 0 else c_out, c_out) for i in range(layers))
+        if config.down_attention[level]:
+            self.attentions = nn.ModuleList(_transformer(config, level) for _ in range(layers))
+        if level < len(config.channels) - 1:
+            self.downsamplers = nn.ModuleList([Downsample2D(c_out, config.downsample_padding)])
+
+    def forward(self, x_BCHW: Tensor, time_BE: Tensor, context_BTD: Tensor) -> tuple[Tensor, list[Tensor]]:
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x_BCHW = resnet(x_BCHW, time_BE)
+            if hasattr(self, "attentions"):
+                x_BCHW = self.attentions[i](x_BCHW, context_BTD)
+            skips.append(x_BCHW)
+        if hasattr(self, "downsamplers"):
+            x_BCHW = self.downsamplers[0](x_BCHW)
+            skips.append(x_BCHW)
+        return x_BCHW, skips
+
+
+class MidBlock(nn.Module):
+    """The innermost level: resnet, attention, resnet."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        dim = config.channels[-1]
+        self.attentions = nn.ModuleList([_transformer(config, len(config.channels) - 1)])
+        self.resnets = nn.ModuleList(_resnet(config, dim, dim) for _ in range(2))
+
+    def forward(self, x_BCHW: Tensor, time_BE: Tensor, context_BTD: Tensor) -> Tensor:
+        x_BCHW = self.resnets[0](x_BCHW, time_BE)
+        return self.resnets[1](self.attentions[0](x_BCHW, context_BTD), time_BE)
+
+
+class UpBlock(nn.Module):
+    """One level on the way up: a skip joins before each resnet, then twice the size."""
+
+    def __init__(self, config: UNetConfig, level: int, c_in: int, attention: bool) -> None:
+        super().__init__()
+        c_out, layers = config.channels[level], config.layers[level] + 1
+        outer = config.channels[max(level - 1, 0)]  # the last skip of a level comes from the level outside it
+        self.resnets = nn.ModuleList(
+            _resnet(config, (c_in if i == 0 else c_out) + (outer if i == layers - 1 else c_out), c_out)
+            for i in range(layers)
+        )
+        if attention:
+            self.attentions = nn.ModuleList(_transformer(config, level) for _ in range(layers))
+        if level > 0:
+            self.upsamplers = nn.ModuleList([Upsample2D(c_out)])
+
+    def forward(self, x_BCHW: Tensor, skips: list[Tensor], time_BE: Tensor, context_BTD: Tensor) -> Tensor:
+        for i, resnet in enumerate(self.resnets):
+            x_BCHW = resnet(torch.cat([x_BCHW, skips.pop()], dim=1), time_BE)
+            if hasattr(self, "attentions"):
+                x_BCHW = self.attentions[i](x_BCHW, context_BTD)
+        if hasattr(self, "upsamplers"):
+            x_BCHW = self.upsamplers[0](x_BCHW, skips[-1].shape[-2:])
+        return x_BCHW
+
+
+class UNet(nn.Module):
+    """The conditional U-Net of Stable Diffusion 1.x and 2.x, and of smaller models of that kind."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.channels
+        time_dim = 4 * channels[0]
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], time_dim)
+        inputs = (channels[0], *channels[:-1])
+        self.down_blocks = nn.ModuleList(DownBlock(config, i, c_in) for i, c_in in enumerate(inputs))
+        self.mid_block = MidBlock(config)
+        levels = list(reversed(range(len(channels))))
+        self.up_blocks = nn.ModuleList(
+            UpBlock(config, level, channels[min(level + 1, len(channels) - 1)], attention)
+            for level, attention in zip(levels, config.up_attention, strict=True)
+        )
+        self.conv_norm_out = nn.GroupNorm(config.groups, channels[0], eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv_in.weight.dtype
+
+    def forward(self, x_BCHW: Tensor, timesteps_B: Tensor, context_BTD: Tensor) -> Tensor:
+        """Latents (B, in_channels, H, W), a timestep a row (B,), text states (B, T, D) -> (B, out_channels, H, W).
+
+        What is predicted (noise, velocity or the clean latents) is the checkpoint's own convention.
+        """
+        config = self.config
+        time_BD = sinusoids(
+            timesteps_B, config.channels[0], cos_first=config.flip_sin_to_cos, freq_shift=config.freq_shift
+        )
+        time_BE = self.time_embedding(time_BD.to(x_BCHW.dtype))
+        x_BCHW = self.conv_in(x_BCHW)
+        skips = [x_BCHW]
+        for down in self.down_blocks:
+            x_BCHW, more = down(x_BCHW, time_BE, context_BTD)
+            skips += more
+        x_BCHW = self.mid_block(x_BCHW, time_BE, context_BTD)
+        for up in self.up_blocks:
+            x_BCHW = up(x_BCHW, skips, time_BE, context_BTD)
+        return self.conv_out(F.silu(self.conv_norm_out(x_BCHW)))
+
+
+def literature_blocks(unet: UNet) -> tuple[int, int, int]:
+    """(encoder, middle, decoder) blocks as LDM counts them: `input_blocks`, `middle_block`, `output_blocks`.
+
+    There conv_in is the first block of the encoder and each downsampling convolution is one of its own, while an
+    upsampling convolution belongs to the decoder block before it. SD 1.x and 2.x: 12, 1, 12.
+    """
+    down = 1 + sum(len(block.resnets) + hasattr(block, "downsamplers") for block in unet.down_blocks)
+    return down, 1, sum(len(block.resnets) for block in unet.up_blocks)
+
+
+def _resnet(config: UNetConfig, c_in: int, c_out: int) -> ResnetBlock2D:
+    return ResnetBlock2D(c_in, c_out, 4 * config.channels[0], config.groups, config.norm_eps)
+
+
+def _transformer(config: UNetConfig, level: int) -> Transformer2DModel:
+    return Transformer2DModel(
+        config.channels[level], config.context_dim, config.heads[level], config.groups,
+        linear=config.linear_projection, upcast=config.upcast_attention,
+    )  # fmt: skip

@@ -1,0 +1,195 @@
+"""Plugins: the names in a job become schedulers, tasks, sinks and watchers in one registry.
+
+    registry = build(["batchsd-scores", "my_module", "./my_file.py"], base)
+
+The driver builds it, and every worker builds it again from `pack(names, base)`: names and texts travel, the
+manager does not. The built-ins come through the same hooks. Nothing that the job does not name is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pluggy
+
+from batchsd import __version__, hookspecs
+from batchsd.plugin_source import GROUP, Source, cause, find, from_entry_point, load, recheck
+from batchsd.types import Sink, Task, UsageError
+
+BUILTIN = Source("batchsd", "built-in", "batchsd.defaults", __version__)
+WATCHERS = ("shard_started", "batch_done", "shard_done")
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    """All that the loaded plugins brought.
+
+    `owners[kind, name]` is the plugin that registered a thing (kind: `scheduler`, `task`, `sink`); `sources` are
+    the plugins themselves, for the run's record. Watchers are called through `hook`:
+    `registry.hook.shard_started(shard=shard)`.
+    """
+
+    schedulers: Mapping[str, Any]
+    tasks: Mapping[str, Task]
+    sinks: Mapping[str, Sink]
+    owners: Mapping[tuple[str, str], str]
+    sources: tuple[Source, ...]
+    manager: pluggy.PluginManager
+
+    @property
+    def hook(self) -> Any:
+        return self.manager.hook
+
+
+def build(names: Sequence[str | Source], base: Path) -> Registry:
+    """Load the built-ins and the named (or packed) plugins and collect what they register.
+
+    Raises UsageError with one line that names the plugin: not found, its import fails, a hook is misspelt or
+    has the wrong signature, two plugins own one name, or a thing lacks what its kind must have.
+    """
+    sources = (BUILTIN, *pack(names, base))
+    manager = pluggy.PluginManager("batchsd")
+    manager.add_hookspecs(hookspecs)
+    for source in sources:
+        plugin = load(source)
+        try:
+            manager.register(plugin, source.name)
+        except (ValueError, pluggy.PluginValidationError) as error:
+            raise UsageError(f"plugin {source.name!r}: {'; '.join(str(error).splitlines())}") from error
+        _check_hooks(manager, plugin, source.name)
+    manager.check_pending()
+    owners: dict[tuple[str, str], str] = {}
+    return Registry(
+        schedulers=_collect(manager, "scheduler", _scheduler_fault, owners),
+        tasks=_collect(manager, "task", _task_fault, owners),
+        sinks=_collect(manager, "sink", _sink_fault, owners),
+        owners=MappingProxyType(owners),
+        sources=sources,
+        manager=manager,
+    )
+
+
+def pack(names: Sequence[str | Source], base: Path) -> tuple[Source, ...]:
+    """Find the named plugins without importing them, in a form that pickles and that `build` takes elsewhere.
+
+    Files are taken relative to `base`. Raises UsageError where one is not found, is listed twice, or is packed
+    on another node from other code than is installed here.
+    """
+    found: list[Source] = []
+    for name in names:
+        source = find(name, base) if isinstance(name, str) else recheck(name, base)
+        if any(source.name == other.name for other in found):
+            raise UsageError(f"plugins: {source.name!r} is listed twice")
+        found.append(source)
+    return tuple(found)
+
+
+def describe(names: Sequence[str], base: Path) -> list[dict[str, str]]:
+    """One row a thing for `batchsd plugins`: name, kind, thing, owner, origin, version.
+
+    Installed plugins that `names` leaves out are listed as kind `not loaded`; they are not imported.
+    """
+    registry = build(names, base)
+    sources = {source.name: source for source in registry.sources}
+    rows = []
+    for (kind, name), owner in registry.owners.items():
+        thing = getattr(registry, f"{kind}s")[name]
+        rows.append(_row(name, kind, _python_name(thing), sources[owner]))
+    for hook in WATCHERS:
+        for impl in getattr(registry.hook, hook).get_hookimpls():
+            rows.append(_row(hook, "watcher", _python_name(impl.function), sources[impl.plugin_name]))
+    for entry in sorted(entry_points(group=GROUP)):
+        if entry.name not in sources:
+            rows.append(_row(entry.name, "not loaded", entry.value, from_entry_point(entry)))
+    return rows
+
+
+def _row(name: str, kind: str, thing: str, source: Source) -> dict[str, str]:
+    origin = source.origin if source is BUILTIN else f"{source.origin} {source.target}"
+    return {
+        "name": name,
+        "kind": kind,
+        "thing": thing,
+        "owner": source.name,
+        "origin": origin,
+        "version": source.version,
+    }
+
+
+def _python_name(thing: object) -> str:
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _check_hooks(manager: pluggy.PluginManager, plugin: object, owner: str) -> None:
+    """Every hook of the plugin is one of ours, and it has one: a forgotten @hookimpl would do nothing."""
+    known = sorted(name for name, caller in vars(manager.hook).items() if caller.has_spec())
+    callers = manager.get_hookcallers(plugin) or []
+    for caller in callers:
+        if not caller.has_spec():
+            close = get_close_matches(caller.name, known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"have {', '.join(known)}"
+            raise UsageError(f"plugin {owner!r}: unknown hook {caller.name!r}; {hint}")
+    if not callers:
+        raise UsageError(f"plugin {owner!r} has no hook; put @batchsd.hookimpl before one of {', '.join(known)}")
+
+
+def _collect(
+    manager: pluggy.PluginManager,
+    kind: str,
+    fault: Callable[[object], str | None],
+    owners: dict[tuple[str, str], str],
+) -> Mapping[str, Any]:
+    """All things of one kind, by name; adds who brought each to `owners`."""
+    things: dict[str, Any] = {}
+    hook = f"register_{kind}s"
+    for impl in getattr(manager.hook, hook).get_hookimpls():
+        where = f"plugin {impl.plugin_name!r}: {hook}"
+        try:
+            brought = impl.function()
+        except Exception as error:
+            raise UsageError(f"{where} failed: {cause(error)}") from error
+        if not isinstance(brought, Mapping):
+            raise UsageError(f"{where} returned {type(brought).__name__}, not a mapping of name to {kind}")
+        for name, thing in brought.items():
+            if not isinstance(name, str) or not name:
+                raise UsageError(f"{where}: the name {name!r} is not a word")
+            if wrong := fault(thing):
+                raise UsageError(f"{where}: {name!r} {wrong}")
+            if name in things:
+                both = f"{owners[kind, name]!r} and {impl.plugin_name!r}"
+                raise UsageError(f"{kind} {name!r} is registered by both {both}; rename one or leave one out")
+            things[name], owners[kind, name] = thing, impl.plugin_name
+    return MappingProxyType(things)
+
+
+def _scheduler_fault(thing: object) -> str | None:
+    from batchsd.diffusion.scheduler import Scheduler
+
+    if isinstance(thing, Scheduler):
+        return None
+    return f"is {type(thing).__name__}, not a batchsd.Scheduler"
+
+
+def _task_fault(thing: object) -> str | None:
+    if isinstance(thing, type):
+        return f"is the class {thing.__name__}; register an instance of it"
+    if not isinstance(thing, Task):
+        return f"({type(thing).__name__}) is not a task: it needs `columns` and `__call__`"
+    if not isinstance(thing.columns, tuple) or not all(isinstance(c, str) for c in thing.columns):
+        return f"({type(thing).__name__}) must give `columns` as a tuple of column names"
+    return None
+
+
+def _sink_fault(thing: object) -> str | None:
+    if isinstance(thing, type):
+        return f"is the class {thing.__name__}; register an instance of it"
+    if not isinstance(thing, Sink) or not callable(thing.open):
+        return f"({type(thing).__name__}) is not a sink: it needs `open(folder, name, schema)`"
+    return None

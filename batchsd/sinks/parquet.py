@@ -1,0 +1,110 @@
+"""One shard becomes one Parquet file, laid out for `datasets`: people see pictures at once.
+
+Image bytes are compressed already, so their column is stored plain; the rest is snappy with dictionaries.
+Row groups of 100 rows make a picture cheap to find; the same records give the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from batchsd.columns import IMAGE_TYPE, to_table
+from batchsd.types import Record
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+GROUP_ROWS = 100  # as `datasets` writes pictures
+GROUP_BYTES = 100 * 2**20  # Hub viewers fail above 286 MiB
+
+
+@dataclass(frozen=True, slots=True)
+class ParquetSink:
+    """Writes `<folder>/<name>.parquet`."""
+
+    def open(self, folder: Path, name: str, schema: pa.Schema) -> ParquetShard:
+        return ParquetShard(folder, name, schema)
+
+
+@dataclass(slots=True)
+class ParquetShard:
+    """A shard being written, at most one row group of records in memory.
+
+    The file bears another name until `close`: pyarrow finishes a writer that is thrown away, and a short file
+    that reads well must not pass for the whole shard.
+    """
+
+    folder: Path
+    name: str
+    schema: pa.Schema
+    _rows: list[Record] = field(default_factory=list, init=False)
+    _bytes: int = field(default=0, init=False)
+    _writer: pq.ParquetWriter | None = field(default=None, init=False)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.name}.parquet"
+
+    @property
+    def partial(self) -> Path:
+        return self.folder / f"{self.name}.parquet.partial"
+
+    def add(self, record: Record) -> None:
+        size = len(record.image or b"")
+        if self._rows and (len(self._rows) == GROUP_ROWS or self._bytes + size > GROUP_BYTES):
+            self._write_group()
+        self._rows.append(record)
+        self._bytes += size
+
+    def close(self) -> None:
+        """Finish the file, put it on the disk, and give it its name. A shard without rows is a caller's bug."""
+        if self._rows:
+            self._write_group()
+        if self._writer is None:
+            raise ValueError(f"{self.path}: a shard without rows; `datasets` cannot read an empty file")
+        self._writer.close()
+        with self.partial.open("rb") as file:
+            os.fsync(file.fileno())
+        self.partial.replace(self.path)
+
+    def _write_group(self) -> None:
+        if self._writer is None:
+            self._writer = open_writer(self.partial, self.schema)
+        table = to_table(self._rows, self.schema, self.name)
+        self._writer.write_table(table, row_group_size=table.num_rows)
+        self._rows, self._bytes = [], 0
+
+
+def open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """A Parquet writer that stores picture columns plain and the rest snappy with dictionaries."""
+    import pyarrow.parquet as pq
+
+    plain, packed = leaf_columns(schema)
+    return pq.ParquetWriter(
+        path,
+        schema,
+        compression=dict.fromkeys(plain, "none") | dict.fromkeys(packed, "snappy"),
+        use_dictionary=packed,
+        column_encoding=dict.fromkeys(plain, "PLAIN"),
+        write_page_index=True,
+        write_page_checksum=True,
+    )
+
+
+def leaf_columns(schema: pa.Schema) -> tuple[list[str], list[str]]:
+    """The Parquet paths (`image.bytes`, `tags.list.element`) of the picture columns, and of all others."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # Parquet's own naming of nested columns, asked from an empty file rather than written down again.
+    buffer = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), buffer)
+    columns = pq.ParquetFile(buffer.getvalue()).schema
+    paths = [columns.column(i).path for i in range(len(columns))]
+    pictures = tuple(f"{field.name}." for field in schema if field.type == IMAGE_TYPE)
+    plain = [path for path in paths if path.startswith(pictures)]
+    return plain, [path for path in paths if path not in plain]

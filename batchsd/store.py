@@ -1,0 +1,196 @@
+"""Where a run folder lives: the few storage operations that the ledger and the workers need.
+
+`create_only` is the one that decides anything: of any number of writers exactly one is told True. The others may
+be repeated without harm. Names are relative, with `/`; a name never leaves the root.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Protocol
+
+from batchsd.types import InfrastructureError, UsageError
+
+
+class Store(Protocol):
+    """One run folder on some storage. Every method raises InfrastructureError where the storage fails."""
+
+    uri: str
+
+    def create_only(self, name: str, data: bytes) -> bool:
+        """Write a whole, durable file unless one of that name exists: then change nothing and return False."""
+        ...
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write or replace a whole file: a reader sees the old bytes or the new ones."""
+        ...
+
+    def read(self, name: str) -> bytes | None:
+        """The file's bytes, or None where there is none."""
+        ...
+
+    def entries(self, folder: str) -> Iterator[tuple[str, int]]:
+        """All files below `folder` as (name relative to it, bytes), in no order; none where it is absent."""
+        ...
+
+    def children(self, folder: str) -> list[str]:
+        """The names directly in `folder`, sorted; none where it is absent."""
+        ...
+
+    def publish(self, source: str, target: str) -> bool:
+        """Bring a staged file under its final name, replacing; False where `source` is gone."""
+        ...
+
+    def remove(self, folder: str) -> None:
+        """Remove a folder and all in it; one that is absent, or that others remove as well, is fine."""
+        ...
+
+    def scratch(self, folder: str) -> Path:
+        """A new local folder in which a worker builds what `hand_in` brings to `folder`."""
+        ...
+
+    def hand_in(self, folder: str) -> None:
+        """Make the files of `scratch(folder)` durable under `folder`."""
+        ...
+
+
+class LocalStore:
+    """A run folder on a local or shared POSIX file system that has hard links and atomic rename."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.uri = str(root)
+
+    def create_only(self, name: str, data: bytes) -> bool:
+        path = self._path(name)
+        with self._trouble(path), self._temporary(path, data) as temporary:
+            try:
+                os.link(temporary, path)  # unlike rename it refuses an existing name; unlike O_EXCL it is whole
+            except FileExistsError:
+                return False
+            _sync_folder(path.parent)
+            return True
+
+    def put(self, name: str, data: bytes) -> None:
+        path = self._path(name)
+        with self._trouble(path), self._temporary(path, data) as temporary:
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+
+    def read(self, name: str) -> bytes | None:
+        path = self._path(name)
+        with self._trouble(path):
+            try:
+                return path.read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def entries(self, folder: str) -> Iterator[tuple[str, int]]:
+        top = self._path(folder)
+        with self._trouble(top):
+            for path in top.rglob("*"):
+                with suppress(FileNotFoundError):  # removed by another driver while we look
+                    if path.is_file():
+                        yield path.relative_to(top).as_posix(), path.stat().st_size
+
+    def children(self, folder: str) -> list[str]:
+        path = self._path(folder)
+        with self._trouble(path):
+            try:
+                return sorted(os.listdir(path))
+            except FileNotFoundError:
+                return []
+
+    def publish(self, source: str, target: str) -> bool:
+        path = self._path(target)
+        with self._trouble(path):
+            _make_folder(path.parent)
+            try:
+                os.replace(self._path(source), path)
+            except FileNotFoundError:
+                return False
+            _sync_folder(path.parent)
+            return True
+
+    def remove(self, folder: str) -> None:
+        path = self._path(folder)
+        shutil.rmtree(path, ignore_errors=True)
+
+    def scratch(self, folder: str) -> Path:
+        """Here the staging folder itself: it must lie in the file system of `data/` to be renamed."""
+        path = self._path(folder)
+        with self._trouble(path):
+            _make_folder(path.parent)
+            path.mkdir()
+            return path
+
+    def hand_in(self, folder: str) -> None:
+        path = self._path(folder)
+        with self._trouble(path):
+            for below, _, names in os.walk(path):
+                for name in names:
+                    with open(os.path.join(below, name), "rb") as file:
+                        os.fsync(file.fileno())
+                _sync_folder(Path(below))
+            _sync_folder(path.parent)
+
+    def _path(self, name: str) -> Path:
+        parts = Path(name).parts
+        assert not name.startswith("/") and ".." not in parts, f"{name!r} leaves the run folder"
+        return self.root.joinpath(*parts)
+
+    @contextmanager
+    def _temporary(self, path: Path, data: bytes) -> Iterator[Path]:
+        _make_folder(path.parent)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def _trouble(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            with suppress(OSError):
+                free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+                raise InfrastructureError(
+                    f"{path}: {error.strerror or error} ({free / 2**20:,.0f} MiB free there); "
+                    "run the same command again when that is mended"
+                ) from error
+            raise InfrastructureError(f"{path}: {error.strerror or error}") from error
+
+
+def open_store(uri: str) -> Store:
+    """The store of a run folder. Raises UsageError for a storage that is not known."""
+    if "://" in uri and not uri.startswith("file://"):
+        raise UsageError(f"output.uri: {uri!r}: only local folders can be written; give a path")
+    root = Path(uri.removeprefix("file://")).absolute()
+    if root.exists() and not root.is_dir():
+        raise UsageError(f"output.uri: {root} is a file; give a folder")
+    return LocalStore(root)
+
+
+def _make_folder(path: Path) -> None:
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    """A new name is on the disk only when its folder is."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,247 @@
+"""The vocabulary: the values that travel along the way of a row, and the protocols that plugins meet.
+
+    Shard -> Request -> Conditioning -> latents -> picture -> Record -> ShardResult
+
+Plain frozen dataclasses; torch is named only in annotations, so that importing this file costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import torch
+
+STATUSES = ("ok", "bad_input", "bad_image", "oom", "nan", "flat", "crashed", "timeout", "rejected", "error")
+"""All that a row's `status` column can say."""
+
+PIXELS_VERSION = 1
+"""Raised whenever the same job would draw other pixels than before: part of every plan."""
+
+
+class BatchsdError(Exception):
+    """An error for a person: one message that says where, what, and what next. Never shown as a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(BatchsdError):
+    """A wrong command, job file, manifest, model or plugin: trying again will not help."""
+
+    exit_code = 2
+
+
+class InfrastructureError(BatchsdError):
+    """The cluster or the storage failed: trying again may help."""
+
+    exit_code = 3
+
+
+class RowError(Exception):
+    """One row cannot become a picture. Its neighbours are not touched.
+
+    `status` is one of `STATUSES`; the message goes to the row's `error` column.
+    """
+
+    def __init__(self, status: str, message: str) -> None:
+        assert status in STATUSES and status != "ok", status
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A slice of one manifest file and the one output that it becomes. Fixed by the plan alone.
+
+    `file` indexes the plan's list of files; `start` and `count` are manifest rows within that file, so the
+    output has `count * repeat` rows. Pickles to under 200 bytes: this is all that travels to a worker.
+    """
+
+    plan: int
+    index: int
+    total: int
+    file: int
+    start: int
+    count: int
+
+    @property
+    def name(self) -> str:
+        """Stem of the published file: `train-00042-of-00391`, with `-p0002` for plans after the first."""
+        tail = f"-p{self.plan:04d}" if self.plan > 1 else ""
+        return f"train-{self.index:05d}-of-{self.total:05d}{tail}"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What one output row asks, every default resolved.
+
+    `key` names the row for people (`id`, else `<file>:<row>`); `index` is the output row within its shard.
+    `height` and `width` are pixels, None where the model or the init image decides. `inputs` are the manifest
+    columns that the row's task declared; `columns` is a one-row Arrow table with the manifest's row untouched.
+    `error` is set where the row's values were already refused.
+    """
+
+    key: str
+    index: int
+    repeat_index: int
+    prompt: str
+    negative_prompt: str | None
+    seed: int
+    steps: int
+    guidance_scale: float
+    height: int | None
+    width: int | None
+    scheduler: str
+    task: str
+    inputs: Mapping[str, Any]
+    columns: pa.Table
+    row_hash: str = ""
+    error: RowError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One evaluation of the network: what it is told beside the latents and the timestep.
+
+    `prompt` is encoded by the engine (once per text and encoder); None stands for zeros, as SDXL has it for a
+    negative that is not given. `channels_CHW` are joined to the noisy latents after input scaling (depth,
+    mask, masked image, edit source); C is unet.in_channels - vae.latent_channels.
+    """
+
+    prompt: str | None
+    channels_CHW: torch.Tensor | None = None
+    added: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """Kept latents: after every call x <- mask * x + (1 - mask) * (alpha * clean + sigma * noise).
+
+    `mask_1HW` is 0 or 1 at latent size, 1 where the picture is drawn anew.
+    """
+
+    mask_1HW: torch.Tensor
+    clean_CHW: torch.Tensor
+    noise_CHW: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """What the network is told for one row, in a form that holds every task.
+
+    The guided prediction is sum_i weights(sigma)[i] * prediction of branches[i]; a branch of weight 0 is not
+    evaluated. `noise_CHW` is the row's first draw at latent size; the walk starts from it alone, or, where
+    `clean_CHW` is given, from alpha * clean + sigma * noise after skipping `begin` of the row's steps.
+    """
+
+    branches: tuple[Branch, ...]
+    weights: Callable[[float], Sequence[float]]
+    noise_CHW: torch.Tensor
+    clean_CHW: torch.Tensor | None = None
+    begin: int = 0
+    blend: Blend | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One finished output row: an encoded picture, or None with the reason.
+
+    `image` holds file bytes; `extension` is `png`, `jpg` or `webp`; `height` and `width` are the pixels drawn.
+    """
+
+    request: Request
+    status: str
+    error: str | None = None
+    image: bytes | None = None
+    extension: str = "png"
+    height: int | None = None
+    width: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """One staged file: its name below the run's `data/`, size in bytes and sha256 in hex."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardResult:
+    """What a worker hands in for a shard: enough for the driver to commit it without opening it."""
+
+    shard: Shard
+    nonce: str
+    rows: int
+    ok: int
+    failed: Mapping[str, int]
+    files: tuple[OutputFile, ...]
+    facts: Mapping[str, Any]
+    timings: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A small event from a worker: rows done since its last one, and the keys now in flight."""
+
+    shard: Shard
+    ok: int
+    failed: int
+    in_flight: tuple[str, ...] = ()
+
+
+Event = Progress | ShardResult
+
+
+class SinkWriter(Protocol):
+    """Writes one shard's files. Records come in row order; nothing is complete before `close`."""
+
+    def add(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """An output layout. It writes into a folder it is given and never publishes."""
+
+    def open(self, folder: Path, name: str, schema: pa.Schema) -> SinkWriter:
+        """Start the files of one shard below `folder`, their names beginning with `name`.
+
+        `schema` is the run's fixed output schema with its key-value metadata (see `columns.output_schema`).
+        """
+        ...
+
+
+class ModelFacts(Protocol):
+    """What a task may ask of the loaded checkpoint."""
+
+    latent_channels: int
+    extra_channels: int
+    scale_factor: int
+    native_size: int
+
+    def encode_image(self, image_3HW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Pixels in [-1, 1] -> a scaled draw of the VAE's posterior, C H/8 W/8, in float32."""
+        ...
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A kind of conditioning. `columns` are the manifest columns it wants in `Request.inputs`.
+
+    Calling it may raise `RowError`. The order of its draws is written in its docstring: it is part of the
+    picture.
+    """
+
+    columns: tuple[str, ...]
+
+    def __call__(self, request: Request, model: ModelFacts, generator: torch.Generator) -> Conditioning: ...
+
+
+Records = Iterator[tuple[Shard, Record]]

@@ -1,0 +1,183 @@
+"""The engine against diffusers' own pipeline, and rows in company against rows alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from batchsd.diffusion.builtin import BUILTIN
+from batchsd.engine import Engine, Settings
+from batchsd.model.checkpoint import load
+from batchsd.tasks.text import TextTask
+from batchsd.types import Conditioning, Record, Request, RowError, Shard
+
+ROW = pa.table({"id": ["x"]})
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+}
+
+
+def request(index: int = 0, **changes: object) -> Request:
+    values: dict = {
+        "key": f"r{index}", "index": index, "repeat_index": 0, "prompt": "a red cube", "negative_prompt": None,
+        "seed": 100 + index, "steps": 5, "guidance_scale": 4.0, "height": None, "width": None,
+        "scheduler": "ddim", "task": "text", "inputs": {}, "columns": ROW, **changes,
+    }  # fmt: skip
+    return Request(**values)
+
+
+def raw(picture: np.ndarray) -> tuple[bytes, str]:
+    """An "encoder" that keeps the pixels as they are."""
+    return picture.tobytes(), "raw"
+
+
+def new_engine(folder: Path, **settings: object) -> Engine:
+    return Engine(
+        load(folder), schedulers=BUILTIN, tasks={"text": TextTask()}, encode=raw, settings=Settings(**settings)
+    )
+
+
+def shards_of(*parts: Sequence[Request]) -> Iterator[tuple[Shard, Iterator[Request]] | None]:
+    for i, part in enumerate(parts):
+        yield Shard(1, i, len(parts), 0, i * 100, len(part)), iter(part)
+        yield None  # "nothing at hand just now" must do no harm
+
+
+def pixels(record: Record) -> np.ndarray:
+    assert record.status == "ok", record.error
+    assert record.image is not None and record.height and record.width
+    return np.frombuffer(record.image, np.uint8).reshape(record.height, record.width, 3).astype(int)
+
+
+def draw(engine: Engine, *parts: Sequence[Request]) -> dict[str, Record]:
+    records = [record for _, record in engine.generate(shards_of(*parts))]
+    assert len(records) == sum(map(len, parts))
+    return {record.request.key: record for record in records}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_picture_equals_diffusers(checkpoint: Path, scheduler: str, guidance: float) -> None:
+    import diffusers
+
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(pipe.scheduler.config)
+    asked = request(
+        prompt="a red cube, left of a blue sphere", negative_prompt="green", scheduler=scheduler,
+        guidance_scale=guidance, seed=7, steps=8, height=32, width=16,
+    )  # fmt: skip
+    theirs = pipe(
+        asked.prompt, negative_prompt="green", guidance_scale=guidance, num_inference_steps=8, height=32, width=16,
+        generator=torch.Generator().manual_seed(7), output_type="np",
+    ).images[0]  # fmt: skip
+    ours = pixels(draw(new_engine(checkpoint), [asked])["r0"])
+    assert ours.std() > 5, "a flat picture would equal anything flat"
+    assert np.abs(ours - theirs * 255).max() <= 1.0
+
+
+def mixed(count: int) -> list[Request]:
+    rng = random.Random(1)
+    return [
+        request(
+            i, prompt=rng.choice(["a red cube", "a blue cone", ""]), scheduler=rng.choice(list(SCHEDULERS)),
+            steps=rng.randint(1, 9), guidance_scale=rng.choice([1.0, 3.0, 7.5]), height=rng.choice([16, 32]),
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("lanes", [1, 5, 16])
+def test_rows_in_company_equal_rows_alone(checkpoint: Path, lanes: int) -> None:
+    rows = mixed(24)
+    together = draw(new_engine(checkpoint, lanes=lanes, decode_batch=3), rows[:7], rows[7:15], rows[15:])
+    alone = new_engine(checkpoint)
+    for row in rows:
+        difference = pixels(together[row.key]) - pixels(draw(alone, [row])[row.key])
+        assert np.abs(difference).max() <= 1, row
+
+
+def test_at_most_two_shards_are_open(checkpoint: Path) -> None:
+    open_shards: set[int] = set()
+    most = 0
+
+    def watched(index: int) -> Iterator[Request]:
+        nonlocal most
+        for row in [request(index * 10 + i, steps=1 + i) for i in range(3)]:
+            open_shards.add(index)
+            most = max(most, len(open_shards))
+            yield row
+
+    shards = [(Shard(1, i, 5, 0, 3 * i, 3), watched(i)) for i in range(5)]
+    seen = dict.fromkeys(range(5), 0)
+    for shard, _ in new_engine(checkpoint, lanes=64).generate(iter(shards)):
+        seen[shard.index] += 1
+        if seen[shard.index] == 3:
+            open_shards.discard(shard.index)
+    assert set(seen.values()) == {3} and most == 2
+
+
+def test_equal_prompts_are_encoded_once(checkpoint: Path) -> None:
+    engine = new_engine(checkpoint)
+    texts: list[str] = []
+    encode = engine.model.text.encode
+
+    class Counting:
+        def encode(self, batch: Sequence[str]) -> torch.Tensor:
+            texts.extend(batch)
+            return encode(batch)
+
+    object.__setattr__(engine.model, "text", Counting())
+    draw(engine, [request(i, prompt="a red cube") for i in range(9)], [request(9, prompt="a blue cone")])
+    assert sorted(texts) == ["", "a blue cone", "a red cube"]
+
+
+def test_failed_rows_are_rows_and_harm_nobody(checkpoint: Path) -> None:
+    class Slips(TextTask):
+        def __call__(self, request: Request, *rest: object) -> Conditioning:
+            raise ValueError("no such thing")
+
+    engine = new_engine(checkpoint)
+    engine.tasks = {"text": TextTask(), "slips": Slips()}
+    rows = [
+        request(0),
+        request(1, error=RowError("bad_input", "prompt is null")),
+        request(2, height=31),
+        request(3, task="slips"),
+        request(4, steps=999, scheduler="nobody"),
+        request(5),
+    ]
+    found = draw(engine, rows)
+    assert [found[f"r{i}"].status for i in range(6)] == ["ok", "bad_input", "bad_input", "error", "bad_input", "ok"]
+    assert found["r1"].error == "prompt is null"
+    assert "ValueError: no such thing" in (found["r3"].error or "")
+    assert np.abs(pixels(found["r5"]) - pixels(draw(engine, [rows[5]])["r5"])).max() <= 1
+
+
+def test_numbers_that_are_not_finite_are_that_rows_failure(checkpoint: Path) -> None:
+    class Broken(TextTask):
+        def __call__(self, request: Request, *rest: object) -> Conditioning:
+            made = super().__call__(request, *rest)  # type: ignore[arg-type]
+            return Conditioning(made.branches, made.weights, made.noise_CHW * float("nan"))
+
+    engine = new_engine(checkpoint)
+    engine.tasks = {"text": TextTask(), "broken": Broken()}
+    found = draw(engine, [request(0), request(1, task="broken"), request(2)])
+    assert [found[f"r{i}"].status for i in range(3)] == ["ok", "nan", "ok"]
+
+
+def test_a_picture_of_one_colour_is_called_flat(checkpoint: Path) -> None:
+    engine = new_engine(checkpoint)
+    with torch.no_grad():
+        for parameter in engine.model.vae.decoder.conv_out.parameters():
+            parameter.zero_()
+    assert draw(engine, [request(0)])["r0"].status == "flat"
