@@ -1,7 +1,8 @@
 """batchsd: a Parquet manifest of prompts in, a dataset of pictures out.
 
-The front door for plugin authors: decorate functions with `hookimpl`, build on the names below, and test with
-`batchsd.testing`. Importing batchsd pulls in neither torch nor ray; `Scheduler` loads torch when first asked for.
+The front door for plugin authors: decorate functions with `hookimpl`, build on the names below, and test
+with `batchsd.testing`. Importing batchsd pulls in neither torch nor ray; `Scheduler` loads torch when it is
+first asked for.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A contact sheet: some of a run's pictures on one PNG, each with its prompt below it.
 
-The rows are spread evenly over the run, so the sheet shows its end as well as its beginning. Only the row groups
-that hold a chosen row are read, one at a time. The same run gives the same sheet.
+The rows are spread evenly over the run, so the sheet shows its end as well as its beginning. Only the row
+groups that hold a chosen row are read, one at a time. The same run gives the same sheet.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def register_schedulers() -> Mapping[str, Scheduler]:
-    from batchsd.diffusion.scheduler import BUILTIN
+    from batchsd.diffusion.builtin import BUILTIN
 
     return BUILTIN
 

@@ -2,8 +2,8 @@
 
     plan -> roll forward -> give out tickets -> commit results -> check that all is there -> SUCCESS
 
-It holds one small entry a shard, whatever the number of rows. Workers may die at any time: what they held goes
-out again, under a new nonce.
+It holds one small entry a shard, whatever the number of rows. Workers may die at any time: what they held
+goes out again, under a new nonce.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from batchsd.ledger import Ledger, Plan, Tally
+from batchsd.ledger import Ledger, Tally
+from batchsd.plan import Plan
 from batchsd.progress import Rate, Snapshot
 from batchsd.run import Executor, Ticket
 from batchsd.types import BatchsdError, Event, InfrastructureError, Shard, ShardResult
 
 MOST_TRIES = 3  # of one shard, and of starting a worker, in a row
 STATUS_EVERY = 30.0  # seconds
+WATCH_EVERY = 0.1  # seconds
 
 
 class TooManyFailed(BatchsdError):
@@ -40,7 +42,7 @@ class Stopped(BatchsdError):
 
 @dataclass
 class Stop:
-    """A request to stop, set by a signal: no new shards; those that are out may end within `grace` seconds."""
+    """A request to stop, set by a signal: no new shards; those that are out have `grace` seconds to end."""
 
     grace: float
     reason: str = ""
@@ -79,7 +81,7 @@ class Drive:
     """The dispatcher of one run (see `run.Dispatcher`).
 
     `todo` are the shards without a marker; `max_failed` is a count of rows; `watch` is called with a Snapshot
-    at every tick.
+    a few times a second.
     """
 
     ledger: Ledger
@@ -106,6 +108,7 @@ class Drive:
         self._rate = Rate()
         self._started = time.monotonic()
         self._status_at = self._started
+        self._watched_at = 0.0
 
     # -- what executors call ------------------------------------------------------------------------------
 
@@ -145,7 +148,10 @@ class Drive:
         if not held:
             self._barren += 1
             if self._barren >= MOST_TRIES:
-                raise InfrastructureError(f"no worker can start ({MOST_TRIES} tries): {cause}\n{log}".rstrip())
+                kept = self.ledger.log_attempt(f"worker-{worker}.{secrets.token_hex(8)}", log)
+                raise InfrastructureError(
+                    f"no worker can start, {MOST_TRIES} tries: {cause}; all of it in {kept}"
+                )
             return
         # A worker that says nothing of its rows was with the ticket that it got first.
         begun = [entry for entry in held if entry.begun] or held[:1]
@@ -155,11 +161,14 @@ class Drive:
             self._blame(entry, cause, log)
 
     def tick(self) -> None:
-        self.watch(self.snapshot())
+        now = time.monotonic()
+        if now - self._watched_at >= WATCH_EVERY:
+            self._watched_at = now
+            self.watch(self.snapshot())
+        if now - self._status_at >= STATUS_EVERY:
+            self.write_status("running")
         if self.stop.overdue:
             raise self.stop.error()
-        if time.monotonic() - self._status_at >= STATUS_EVERY:
-            self.write_status("running")
 
     @property
     def over(self) -> bool:
@@ -207,11 +216,11 @@ class Drive:
         self._failures[shard.index] += 1
         rows = ", ".join(entry.in_flight[:8]) + (", ..." if len(entry.in_flight) > 8 else "") or "none"
         text = f"{shard.name}, attempt {entry.attempt}: {cause}\nrows in flight: {rows}\n\n{log}"
-        kept = self.ledger.log_attempt(shard, entry.attempt, entry.ticket.nonce, text)
+        kept = self.ledger.log_attempt(f"{shard.index:05d}.{entry.attempt}.{entry.ticket.nonce}", text)
         if self._failures[shard.index] >= MOST_TRIES:
             raise InfrastructureError(
                 f"{shard.name} failed {MOST_TRIES} times; last: {cause} (rows in flight: {rows}); "
-                f"all of it in {self.ledger.store.uri}/{kept}"
+                f"all of it in {kept}"
             )
         self.log(f"{shard.name}: attempt {entry.attempt} failed, trying again: {cause}")
 
@@ -219,6 +228,7 @@ class Drive:
 def drive(
     ledger: Ledger,
     plan: Plan,
+    tally: Tally,
     shards: Iterable[Shard],
     executor: Executor,
     stop: Stop,
@@ -226,11 +236,10 @@ def drive(
     watch: Callable[[Snapshot], None],
     log: Callable[[str], None],
 ) -> Tally:
-    """Bring a begun plan to its end and give what the markers add up to.
+    """Bring a begun plan to its end; `tally` is `ledger.roll_forward()`'s. Gives what the markers add up to.
 
     Raises TooManyFailed, Stopped, InfrastructureError, or a worker's UsageError; what was committed stays.
     """
-    tally = ledger.roll_forward()
     check_failed(tally, max_failed)
     todo = [shard for shard in shards if shard.index not in tally.done]
     run = Drive(ledger, plan, tally, todo, executor.workers, max_failed, watch, stop, log)
@@ -252,8 +261,8 @@ def check_failed(tally: Tally, max_failed: float) -> None:
     if failed > max_failed:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(tally.failed.items()))
         raise TooManyFailed(
-            f"{failed} rows failed ({kinds}), run.max_failed allows {max_failed:g}; finished shards are kept, "
-            "and a higher run.max_failed goes on"
+            f"{failed} rows failed ({kinds}), run.max_failed allows {max_failed:g}; finished shards are kept "
+            "(batchsd run with a higher run.max_failed goes on)"
         )
 
 

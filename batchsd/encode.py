@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 
-# Level 1 is up to four times as fast as level 6 for 9 to 18 % more bytes. JPEG 95 is the highest quality before
-# files grow for nothing; WebP at the same number looks alike.
+# Level 1 is up to four times as fast as level 6 for 9 to 18 % more bytes. JPEG 95 is the highest quality
+# before files grow for nothing; WebP at the same number looks alike.
 DEFAULTS: Mapping[str, Mapping[str, int]] = {
     "png": {"compress_level": 1},
     "jpeg": {"quality": 95},
@@ -32,7 +32,7 @@ RANGES = {"compress_level": (0, 9), "quality": (1, 100)}
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """Turns uint8 H W 3 into (file bytes, extension). Safe to call from several threads; Pillow frees the GIL."""
+    """Turns uint8 H W 3 into (file bytes, extension). Good for threads: Pillow frees the GIL."""
 
     format: str
     options: Mapping[str, int]

@@ -22,8 +22,8 @@ WILDCARDS = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """The file system of a manifest, that can be opened again on a worker: its URI, "" for the local disk."""
+class Disk:
+    """Where manifest files lie, openable again on any worker: a URI, or "" for the local disk."""
 
     uri: str
 
@@ -33,7 +33,7 @@ class Place:
 
 
 @contextmanager
-def reading(where: str, place: Place | None = None) -> Iterator[None]:
+def reading(where: str, disk: Disk | None = None) -> Iterator[None]:
     """Turns what pyarrow raises into one line that begins with `where`.
 
     Damaged content is a UsageError (again would not help), a store that fails an InfrastructureError.
@@ -47,7 +47,7 @@ def reading(where: str, place: Place | None = None) -> Iterator[None]:
         raise UsageError(f"{where}: not a readable Parquet file: {_first_line(error)}") from None
     except OSError as error:
         # pyarrow raises a bare OSError for damaged pages; a disk or a network error carries its number.
-        damaged = error.errno is None and not str(error).startswith("AWS") and not (place and place.uri)
+        damaged = error.errno is None and not str(error).startswith("AWS") and not (disk and disk.uri)
         kind = UsageError if damaged or isinstance(error, PermissionError) else InfrastructureError
         raise kind(f"{where}: cannot be read: {_first_line(error)}") from None
 
@@ -58,7 +58,7 @@ def _first_line(error: Exception) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A file of the manifest: its path in its place, and its name below the manifest's root."""
+    """A file of the manifest: its full path, and its name below the manifest's root."""
 
     path: str
     name: str
@@ -66,18 +66,19 @@ class Found:
     mtime_ns: int
 
 
-def find(uri: str) -> tuple[Place, list[Found]]:
+def find(uri: str) -> tuple[Disk, list[Found]]:
     """The Parquet files that a path, glob, folder or URI stands for, in order of their names.
 
-    In a glob `*` and `?` stay within a folder and `**` crosses them; a folder is taken with all that lies
-    below it. Names that begin with `_` or `.` are left out. Raises UsageError where there is nothing.
+    In a glob `*` and `?` stay within a folder and `**` crosses them (in a URI `?` begins its query); a folder
+    is taken with all that lies below it. Names that begin with `_` or `.` are left out. Raises UsageError
+    where there is nothing.
     """
-    place, path = _split(uri)
-    files = place.files()
-    with reading(uri, place):
+    disk, path = _split(uri)
+    files = disk.files()
+    with reading(uri, disk):
         info = files.get_file_info(path)
         if info.type == pafs.FileType.File:
-            return place, [_found(info, posixpath.dirname(path))]
+            return disk, [_found(info, posixpath.dirname(path))]
         if info.type == pafs.FileType.Directory:
             root, wanted = path, re.compile(r"(.*/)?[^/]*\.parquet", re.IGNORECASE)
         elif WILDCARDS.search(path):
@@ -93,19 +94,19 @@ def find(uri: str) -> tuple[Place, list[Found]]:
     if not found:
         what = "no .parquet file in this folder" if root == path else "no file matches"
         raise UsageError(f"{redact(uri)}: {what}")
-    return place, sorted(found, key=lambda file: file.name)
+    return disk, sorted(found, key=lambda file: file.name)
 
 
-def _split(uri: str) -> tuple[Place, str]:
+def _split(uri: str) -> tuple[Disk, str]:
     if "://" not in uri:
-        return Place(""), uri
+        return Disk(""), uri
     base, mark, query = uri.partition("?")
     fixed = WILDCARDS.split(base)[0].rpartition("/")[0] if WILDCARDS.search(base) else base
     try:
         _, path = pafs.FileSystem.from_uri(fixed + mark + query)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise UsageError(f"{redact(uri)}: not a place that can be opened: {_first_line(error)}") from None
-    return Place(fixed + mark + query), path + base[len(fixed) :]
+    return Disk(fixed + mark + query), path + base[len(fixed) :]
 
 
 def _glob(path: str) -> tuple[str, re.Pattern[str]]:
@@ -124,16 +125,14 @@ def _found(info: pafs.FileInfo, root: str) -> Found:
     return Found(info.path, name, info.size, info.mtime_ns or 0)
 
 
-def open_parquet(
-    place: Place, path: str, where: str, dictionaries: list[str] | None = None
-) -> pq.ParquetFile:
+def open_parquet(disk: Disk, path: str, where: str, dictionaries: list[str] | None = None) -> pq.ParquetFile:
     """A Parquet file, its footer read. `dictionaries` are columns to keep dictionary-encoded as stored.
 
     Page checksums are verified where the file has them, and column chunks are read by pieces.
     """
-    with reading(where, place):
+    with reading(where, disk):
         return pq.ParquetFile(
-            place.files().open_input_file(path),
+            disk.files().open_input_file(path),
             read_dictionary=dictionaries,
             buffer_size=BUFFER_BYTES,
             pre_buffer=False,
@@ -141,10 +140,10 @@ def open_parquet(
         )
 
 
-def sha256(place: Place, path: str, where: str) -> str:
+def sha256(disk: Disk, path: str, where: str) -> str:
     """The file's sha256 in hex, read as a stream."""
     state = hashlib.sha256()
-    with reading(where, place), place.files().open_input_stream(path) as stream:
+    with reading(where, disk), disk.files().open_input_stream(path) as stream:
         while chunk := stream.read(HASH_BYTES):
             state.update(chunk)
     return state.hexdigest()

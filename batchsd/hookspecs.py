@@ -1,7 +1,8 @@
 """The hooks that a plugin may implement, each under its own name with `@batchsd.hookimpl`.
 
-`register_*` give named things; `shard_started`, `batch_done` and `shard_done` watch. Hooks never change a row
-on its way. They run in the driver and again in every worker, so registering must be cheap and free of effects.
+`register_*` give named things; `shard_started`, `batch_done` and `shard_done` watch, in the worker. Hooks
+never change a row on its way. Registering happens in the driver and again in every worker, so it must be
+cheap and without effects.
 """
 
 from __future__ import annotations

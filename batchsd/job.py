@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import Field, PrivateAttr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from batchsd.job_errors import describe, have
+from batchsd.job_errors import describe, have, origin
 from batchsd.job_sources import Key, Layer, environment_layer, file_layer, set_layer
 from batchsd.redact import redact
 from batchsd.settings import Conditioning, Input, Model, Output, Ray, Run, Sampler, Texts
@@ -49,11 +49,8 @@ class Job(BaseSettings):
 
     def where(self, key: str) -> str:
         """The place of a dotted setting, to begin an error with: `jobs/a.toml:3: sampler.steps`."""
-        path = tuple(key.split("."))
-        for size in range(len(path), 0, -1):
-            if path[:size] in self._origins:
-                return f"{self._origins[path[:size]]}: {key}"
-        return key
+        place = origin(tuple(key.split(".")), self._origins, "")
+        return f"{place}: {key}" if place else key
 
     def resolved(self) -> dict[str, Any]:
         """Every setting as plain JSON values; secrets too, so `redact` it before it is shown."""

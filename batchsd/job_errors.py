@@ -26,9 +26,9 @@ EXPECTED = {
     "string_type": "should be text",
     "string_too_short": "should not be empty",
     "literal_error": "should be {expected}",
-    "greater_than_equal": "should be at least {ge}",
-    "less_than_equal": "should be at most {le}",
-    "less_than": "should be below {lt}",
+    "greater_than_equal": "should be at least {ge:g}",
+    "less_than_equal": "should be at most {le:g}",
+    "less_than": "should be below {lt:g}",
     "multiple_of": "should be a multiple of {multiple_of}",
     "value_error": "{error}",
 }
@@ -47,7 +47,7 @@ def describe(
     for problem in error.errors(include_url=False):
         location = tuple(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{_origin(location, origins, file)}: {_unknown(location, job)}")
+            lines.append(f"{origin(location, origins, file)}: {_unknown(location, job)}")
         elif problem["type"] == "missing":
             what = _field(location, job).description
             lines.append(f"{file}: {'.'.join(location)} is missing: {what}")
@@ -58,7 +58,7 @@ def describe(
             wrong.setdefault(key, []).append(text)
     for key, texts in wrong.items():
         value = json.dumps(redact(_value(key, values)), default=str, ensure_ascii=False)
-        lines.append(f"{_origin(key, origins, file)}: {'.'.join(key)} = {_short(value)} {_join(texts)}")
+        lines.append(f"{origin(key, origins, file)}: {'.'.join(key)} = {_short(value)} {_join(texts)}")
     return lines
 
 
@@ -117,12 +117,14 @@ def _value(key: Key, values: Any) -> Any:
     return values
 
 
-def _origin(key: Key, origins: Mapping[Key, str], file: str) -> str:
-    for size in range(len(key), 0, -1):
-        if key[:size] in origins:
-            return origins[key[:size]]
-    # A table that was only ever written through its keys, such as BATCHSD_SAMPLR__STEPS.
-    return next((origin for written, origin in origins.items() if written[: len(key)] == key), file)
+def origin(key: Key, origins: Mapping[Key, str], file: str) -> str:
+    """Where a key was written: itself, one of its own keys, or the table around it; else `file`."""
+    if key in origins:
+        return origins[key]
+    # A table may have been written through its keys only, such as BATCHSD_SAMPLR__STEPS.
+    within = [place for written, place in origins.items() if written[: len(key)] == key]
+    around = [origins[key[:size]] for size in range(len(key) - 1, 0, -1) if key[:size] in origins]
+    return next(iter([*within[-1:], *around]), file)
 
 
 def _join(texts: list[str]) -> str:

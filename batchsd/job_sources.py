@@ -132,7 +132,7 @@ def key_lines(text: str) -> dict[Key, int]:
     lines: dict[Key, int] = {}
     table: Key = ()
     state = _State()
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         start = 0
         if state.between_statements:
             if header := HEADER.match(line):

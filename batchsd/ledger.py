@@ -1,9 +1,9 @@
-"""What "done" means: a shard is done when its marker exists, and a marker is only ever created, never changed.
+"""What "done" means: a shard is done when its marker exists; markers are only ever created, never changed.
 
     marker (create-only) -> publish from that marker's staging folder -> remove the staging folder
 
-Whoever is cut off between two of these steps is finished by the next start (`roll_forward`). Workers write only
-into `staging/<shard>.<nonce>/`; a folder there is dead as soon as its shard has a marker of another nonce.
+Whoever is cut off between two of these steps is finished by the next start (`roll_forward`). Workers write
+only into `staging/<shard>.<nonce>/`; a folder there is dead once its shard has a marker of another nonce.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from batchsd.plan import Plan, from_json
 from batchsd.store import Store
 from batchsd.types import InfrastructureError, OutputFile, Shard, ShardResult, UsageError
 
@@ -26,49 +26,6 @@ STAGING = f"{OURS}/staging"
 SUCCESS = f"{OURS}/SUCCESS.json"
 STATUS = f"{OURS}/status.json"
 MARKER = re.compile(r"\d{5}\.json")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run is to make, fixed before the first row is drawn.
-
-    `hard` facts change pixels: another value is another run. `soft` ones move them by rounding at most.
-    `files` are the manifest's, in order: name, size, sha256, rows. `rows` counts output rows; `rows_per_shard`
-    counts manifest rows; `schema` is the output's, column -> Arrow type.
-    """
-
-    number: int
-    hard: Mapping[str, Any]
-    soft: Mapping[str, Any]
-    files: tuple[Mapping[str, Any], ...]
-    rows: int
-    rows_per_shard: int
-    repeat: int
-    shards: int
-    sink: str
-    schema: Mapping[str, str]
-    job: Mapping[str, Any] = field(default_factory=dict)
-
-    def identity(self) -> dict[str, Any]:
-        """All that a resumed run must agree on, by dotted name."""
-        facts = {f"input file {f['name']}": f"{f['rows']} rows, sha256 {f['sha256']}" for f in self.files}
-        facts |= {f"output column {name}": kind for name, kind in self.schema.items()}
-        facts["input files"] = [f["name"] for f in self.files]
-        facts["output columns"] = list(self.schema)
-        for name in ("rows", "rows_per_shard", "repeat", "shards", "sink"):
-            facts[name] = getattr(self, name)
-        return {**self.hard, **facts}
-
-    @cached_property
-    def hash(self) -> str:
-        """128 bits, in hex, over the identity."""
-        return hashlib.blake2b(_json(self.identity()), digest_size=16).hexdigest()
-
-    def differences(self, other: Plan) -> list[str]:
-        """One readable line for each fact in which `other` is another run."""
-        mine, theirs = _plain(self.identity()), _plain(other.identity())
-        names = [name for name in (*mine, *(theirs.keys() - mine.keys())) if mine.get(name) != theirs.get(name)]
-        return [f"{name}: {_short(mine.get(name))} -> {_short(theirs.get(name))}" for name in names]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,20 +74,15 @@ class Ledger:
     def plan(self) -> Plan | None:
         """The plan that stands, or None in a folder that has none yet."""
         data = self.store.read(self.plan_name)
-        if data is None:
-            return None
-        values = json.loads(data)
-        kept = {f.name: values[f.name] for f in fields(Plan)}
-        return Plan(**{**kept, "files": tuple(kept["files"])})
+        return None if data is None else from_json(data)
 
     def begin(self, plan: Plan) -> Plan:
         """Write the plan into a fresh folder, or find the same one there: the run goes on.
 
-        Raises UsageError where the folder holds another plan (with the differences) or something that is not ours.
+        Raises UsageError where the folder holds another plan (and how it differs) or what is not ours.
         """
         self.check(plan)
-        text = {**asdict(plan), "hash": plan.hash}
-        self.store.create_only(self.plan_name, json.dumps(text, indent=1).encode())
+        self.store.create_only(self.plan_name, plan.to_json())
         self.check(plan)  # another driver may have been faster
         return plan
 
@@ -216,7 +168,7 @@ class Ledger:
         missing = sorted(set(range(plan.shards)) - total.done)
         if missing or len(total.done) != plan.shards or total.rows != plan.rows:
             raise InfrastructureError(
-                f"{self.store.uri}: the markers hold {total.rows} of {plan.rows} rows in {len(total.done)} of "
+                f"{self.store.uri}: the markers hold {total.rows} of {plan.rows} rows, {len(total.done)} of "
                 f"{plan.shards} shards (missing: {missing[:5]}); run the same command again"
             )
         summary = {
@@ -230,6 +182,10 @@ class Ledger:
         self._sweep(total.done)
         return total
 
+    def succeeded(self) -> bool:
+        """Whether `finish` was reached once."""
+        return self.store.read(SUCCESS) is not None
+
     def write_status(self, values: Mapping[str, Any]) -> None:
         self.store.put(STATUS, json.dumps(values, indent=1).encode())
 
@@ -238,11 +194,11 @@ class Ledger:
         data = self.store.read(STATUS)
         return None if data is None else json.loads(data)
 
-    def log_attempt(self, shard: Shard, attempt: int, nonce: str, text: str) -> str:
-        """Keep why an attempt failed, for good; give the file's name."""
-        name = f"{OURS}/attempts/{shard.index:05d}.{attempt}.{nonce}.txt"
-        self.store.create_only(name, text.encode())
-        return name
+    def log_attempt(self, name: str, text: str) -> str:
+        """Keep why an attempt failed, for good; give the file's place."""
+        kept = f"{OURS}/attempts/{name}.txt"
+        self.store.create_only(kept, text.encode())
+        return f"{self.store.uri}/{kept}"
 
     def _refuse_foreign(self) -> None:
         strangers = [name for name in self.store.children("") if name != OURS]
@@ -268,8 +224,8 @@ class Ledger:
             for file in marker.files:
                 if published.get(file.name) != file.bytes:
                     raise UsageError(
-                        f"{self.store.uri}/{DATA}/{file.name} is missing or changed, and was complete before; put "
-                        f"it back, or delete {self.folder}/{marker.shard:05d}.json and run again to redraw it"
+                        f"{self.store.uri}/{DATA}/{file.name} was complete and is now missing or changed: put it "
+                        f"back, or delete {self.folder}/{marker.shard:05d}.json and run again to redraw it"
                     )
         self.store.remove(staging)
 
@@ -296,17 +252,3 @@ def _sha256_of(files: tuple[OutputFile, ...]) -> str:
         return files[0].sha256
     listing = "".join(f"{file.sha256}  {file.name}\n" for file in files)
     return hashlib.sha256(listing.encode()).hexdigest()
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
-
-
-def _plain(value: Any) -> Any:
-    """As it comes back from a JSON file: tuples are lists."""
-    return json.loads(_json(value))
-
-
-def _short(value: Any) -> str:
-    text = "absent" if value is None else value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:48]} ... {text[-24:]}"

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
 
 from batchsd import columns
+from batchsd.find import Disk, Found, find, open_parquet, reading, sha256
 from batchsd.job import Job
 from batchsd.job_errors import suggestion
-from batchsd.rows import parse_template
-from batchsd.find import Found, Place, find, open_parquet, reading, sha256
+from batchsd.rows import Names, parse_template
 from batchsd.types import Shard, UsageError
 
 MAX_SHARDS = 99_999  # `datasets` silently loads only a part of files numbered with more than five digits
+
+# What only a decompression bomb does, all three at once. Text packs 5 to 20 times, pictures not at all.
+BOMB_BYTES, BOMB_RATIO, BOMB_ROW_BYTES = 256 * 2**20, 200, 64 * 2**10
 
 TEXT_COLUMNS = ("prompt", "negative_prompt", "scheduler", "task")
 NUMBER_COLUMNS = ("seed", "steps", "guidance_scale", "height", "width")
@@ -49,7 +53,7 @@ class InputFile:
 class Manifest:
     """The ordered files and their one schema. Picklable: with a Job it is all that a Reader needs."""
 
-    place: Place
+    disk: Disk
     files: tuple[InputFile, ...]
     schema: pa.Schema
 
@@ -86,41 +90,59 @@ Known = Mapping[tuple[str, int, int], str]
 """(name, size, mtime_ns) -> sha256 of files that an earlier plan has hashed."""
 
 
-def open_manifest(job: Job, known: Known | None = None) -> Manifest:
+def open_manifest(job: Job, known: Known | None = None, names: Names | None = None) -> Manifest:
     """Find the job's manifest files, read their footers, and check them against the job.
 
-    Files in `known` are not hashed again. Raises UsageError: nothing there, not Parquet, empty, conflicting
+    Files in `known` are not hashed again; with `names`, input.columns may only say columns that rows or tasks
+    have. Raises UsageError: nothing there, not Parquet, empty, conflicting
     types, a missing prompt, a bad mapping or template, or a column that clashes with one of the output's.
     """
     where = job.where("input.manifest")
     try:
-        place, found = find(job.input.manifest)
-        opened = [_open(place, file) for file in found]
+        disk, found = find(job.input.manifest)
+        opened = [_open(disk, file) for file in found]
         schema = unify([(file.name, schema) for file, (_, schema) in zip(found, opened, strict=True)])
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
     if not sum(sum(groups) for groups, _ in opened):
         raise UsageError(f"{where}: the manifest is empty ({_files(found)}, no rows)")
-    check_columns(schema, job)
+    check_columns(schema, job, names)
     files = []
     for file, (groups, _) in zip(found, opened, strict=True):
         digest = (known or {}).get((file.name, file.size, file.mtime_ns)) or sha256(
-            place, file.path, file.path
+            disk, file.path, file.path
         )
         files.append(InputFile(file.name, file.path, file.size, file.mtime_ns, digest, groups))
-    return Manifest(place, tuple(files), schema)
+    return Manifest(disk, tuple(files), schema)
 
 
 def _files(found: Sequence[Found]) -> str:
     return found[0].name if len(found) == 1 else f"{len(found)} files"
 
 
-def _open(place: Place, file: Found) -> tuple[tuple[int, ...], pa.Schema]:
-    parquet = open_parquet(place, file.path, file.path)
-    with parquet, reading(file.path, place):
+def _open(disk: Disk, file: Found) -> tuple[tuple[int, ...], pa.Schema]:
+    parquet = open_parquet(disk, file.path, file.path)
+    with parquet, reading(file.path, disk):
         metadata = parquet.metadata
+        _refuse_bombs(file, metadata)
         groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
         return groups, parquet.schema_arrow
+
+
+def _refuse_bombs(file: Found, metadata: Any) -> None:
+    """A page is decompressed whole, whatever is read of it: kilobytes can ask for gigabytes of memory."""
+    for g in range(metadata.num_row_groups):
+        group = metadata.row_group(g)
+        if group.total_byte_size < BOMB_BYTES:
+            continue
+        for c in range(group.num_columns):
+            chunk = group.column(c)
+            size, stored = chunk.total_uncompressed_size, chunk.total_compressed_size
+            if size >= max(BOMB_BYTES, BOMB_RATIO * stored, BOMB_ROW_BYTES * group.num_rows):
+                raise UsageError(
+                    f"{file.path}: column {chunk.path_in_schema!r} packs {size:,} bytes into {stored:,}, "
+                    f"{size // max(1, group.num_rows):,} a row; refused, as it could fill the memory"
+                )
 
 
 # --- schema --------------------------------------------------------------------------------------------
@@ -170,13 +192,19 @@ def _common(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     return pa.string() if is_text(one) and is_text(other) else None
 
 
-def check_columns(schema: pa.Schema, job: Job) -> None:
+def check_columns(schema: pa.Schema, job: Job, names: Names | None = None) -> None:
     """Whether the schema fits the job: mapping, template, prompt, types, and the names of the output."""
     where = job.where("input.manifest")
     for ours, theirs in job.input.columns.items():
+        if names:
+            known = {*columns.INPUT_COLUMNS, *columns.IMAGE_INPUTS, *chain(*names.tasks.values())}
+            if ours not in known:
+                raise UsageError(
+                    f"{job.where(f'input.columns.{ours}')}: unknown column{suggestion(ours, known)}"
+                )
         if theirs not in schema.names:
             raise UsageError(
-                f"{job.where('input.columns')}: {ours} = {theirs!r}: the manifest has no column {theirs!r}"
+                f"{job.where(f'input.columns.{ours}')}: the manifest has no column {theirs!r}"
                 f"{_hint(theirs, schema)}"
             )
     _check_prompt(schema, job)

@@ -1,7 +1,7 @@
 """Records finish out of row order; a shard's file wants them in order.
 
-A record that is early waits. Its picture waits too, in memory up to `IN_MEMORY` bytes a shard, beyond that in a
-temporary file: one slow row in front must not hold a whole shard's pictures in memory.
+A record that is early waits. Its picture waits too, in memory up to `IN_MEMORY` bytes a shard, beyond that in
+a temporary file: one slow row in front must not hold a whole shard's pictures in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class RowOrder:
         self._pictures = SpooledTemporaryFile(max_size=in_memory)  # noqa: SIM115 (lives as long as the shard)
 
     def put(self, record: Record) -> Iterator[Record]:
-        """Every record that is now due, this one or later ones included. Raises ValueError for a row seen before."""
+        """Every record that is due now, in order: none, or this one and those that waited for it."""
         index = record.request.index
         if index < self._next or index in self._early:
             raise ValueError(f"row {index} of the shard came twice ({record.request.key})")

@@ -2,9 +2,9 @@
 
     source = find("./my_file.py", base);  plugin = load(source)
 
-A name is an installed entry point of the group `batchsd`, a module, or a file beside the job. A one-file plugin
-travels as its source text; the others travel as a name with a hash over their Python files, so that another
-node loads the same code or says that it cannot.
+A name is an installed entry point of the group `batchsd`, a module, or a file beside the job. A one-file
+plugin travels as its source text; the others travel as a name with a hash over their Python files, so that
+another node loads the same code or says that it cannot.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ def recheck(packed: Source, base: Path) -> Source:
     here = find(packed.name, base)
     if here.sha256 != packed.sha256:
         raise UsageError(
-            f"plugin {packed.name!r} ({packed.target}) differs between nodes: sha256 {packed.sha256[:12]} where "
-            f"the job started, {here.sha256[:12]} here; install the same version on every node"
+            f"plugin {packed.name!r} ({packed.target}) differs between nodes: sha256 {packed.sha256[:12]} "
+            f"where the job started, {here.sha256[:12]} here; install the same version on every node"
         )
     return here
 
 
 def load(source: Source) -> object:
-    """Import the plugin. Whatever its import raises becomes one UsageError that names plugin, file and line."""
+    """Import the plugin. What its import raises becomes one UsageError that names plugin, file and line."""
     try:
         if source.text is not None:
             return _run_text(source, source.text)
@@ -114,7 +114,7 @@ def _from_file(name: str, base: Path) -> Source:
 
 
 def _run_text(source: Source, text: str) -> ModuleType:
-    """The module of a one-file plugin, made once a process; classes in it pickle, tracebacks show its lines."""
+    """The module of a one-file plugin, made once a process: its classes pickle, tracebacks show its lines."""
     name = f"batchsd_plugin_{Path(source.target).stem}_{source.sha256[:12]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -149,7 +149,8 @@ def _module_hash(module: str) -> str | None:
         return None
     digest = hashlib.sha256()
     if spec.submodule_search_locations is None:
-        digest.update(Path(spec.origin).read_bytes() if spec.has_location and spec.origin else module.encode())
+        known = spec.has_location and spec.origin  # a module built into Python has no file
+        digest.update(Path(known).read_bytes() if known else module.encode())
     for folder in spec.submodule_search_locations or ():
         for path in sorted(Path(folder).rglob("*.py")):
             digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())

@@ -25,13 +25,16 @@ from batchsd.types import Sink, Task, UsageError
 BUILTIN = Source("batchsd", "built-in", "batchsd.defaults", __version__)
 WATCHERS = ("shard_started", "batch_done", "shard_done")
 
+# Stable Diffusion's scheduler_config.json, to try a new scheduler on
+TYPICAL_SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
 
 @dataclass(frozen=True, slots=True)
 class Registry:
     """All that the loaded plugins brought.
 
-    `owners[kind, name]` is the plugin that registered a thing (kind: `scheduler`, `task`, `sink`); `sources` are
-    the plugins themselves, for the run's record. Watchers are called through `hook`:
+    `owners[kind, name]` is the plugin that registered a thing (kind: `scheduler`, `task`, `sink`); `sources`
+    are the plugins themselves, for the run's record. Watchers are called through `hook`:
     `registry.hook.shard_started(shard=shard)`.
     """
 
@@ -65,8 +68,10 @@ def build(names: Sequence[str | Source], base: Path) -> Registry:
         _check_hooks(manager, plugin, source.name)
     manager.check_pending()
     owners: dict[tuple[str, str], str] = {}
+    schedulers = _collect(manager, "scheduler", _scheduler_fault, owners)
+    _check_aliases(schedulers, owners)
     return Registry(
-        schedulers=_collect(manager, "scheduler", _scheduler_fault, owners),
+        schedulers=schedulers,
         tasks=_collect(manager, "task", _task_fault, owners),
         sinks=_collect(manager, "sink", _sink_fault, owners),
         owners=MappingProxyType(owners),
@@ -78,8 +83,8 @@ def build(names: Sequence[str | Source], base: Path) -> Registry:
 def pack(names: Sequence[str | Source], base: Path) -> tuple[Source, ...]:
     """Find the named plugins without importing them, in a form that pickles and that `build` takes elsewhere.
 
-    Files are taken relative to `base`. Raises UsageError where one is not found, is listed twice, or is packed
-    on another node from other code than is installed here.
+    Files are taken relative to `base`. Raises UsageError where one is not found, is listed twice, or was
+    packed on another node from other code than is installed here.
     """
     found: list[Source] = []
     for name in names:
@@ -137,13 +142,14 @@ def _check_hooks(manager: pluggy.PluginManager, plugin: object, owner: str) -> N
             hint = f"did you mean {close[0]!r}?" if close else f"have {', '.join(known)}"
             raise UsageError(f"plugin {owner!r}: unknown hook {caller.name!r}; {hint}")
     if not callers:
-        raise UsageError(f"plugin {owner!r} has no hook; put @batchsd.hookimpl before one of {', '.join(known)}")
+        have = ", ".join(known)
+        raise UsageError(f"plugin {owner!r} has no hook; put @batchsd.hookimpl before one of {have}")
 
 
 def _collect(
     manager: pluggy.PluginManager,
     kind: str,
-    fault: Callable[[object], str | None],
+    fault: Callable[[str, object], str | None],
     owners: dict[tuple[str, str], str],
 ) -> Mapping[str, Any]:
     """All things of one kind, by name; adds who brought each to `owners`."""
@@ -160,7 +166,7 @@ def _collect(
         for name, thing in brought.items():
             if not isinstance(name, str) or not name:
                 raise UsageError(f"{where}: the name {name!r} is not a word")
-            if wrong := fault(thing):
+            if wrong := fault(name, thing):
                 raise UsageError(f"{where}: {name!r} {wrong}")
             if name in things:
                 both = f"{owners[kind, name]!r} and {impl.plugin_name!r}"
@@ -169,15 +175,33 @@ def _collect(
     return MappingProxyType(things)
 
 
-def _scheduler_fault(thing: object) -> str | None:
+def _check_aliases(schedulers: Mapping[str, Any], owners: Mapping[tuple[str, str], str]) -> None:
+    """No two schedulers answer to one name, whatever its case: people write `DPM++ 2M` and `dpm++ 2m`."""
+    claimed: dict[str, str] = {}
+    for name, scheduler in schedulers.items():
+        for said in filter(None, (name, *scheduler.aliases, scheduler.diffusers)):
+            other = claimed.setdefault(said.lower(), name)
+            if other != name:
+                both = " and ".join(f"{n!r} of plugin {owners['scheduler', n]!r}" for n in (other, name))
+                raise UsageError(f"schedulers {both} both claim the name {said!r}")
+
+
+def _scheduler_fault(name: str, thing: object) -> str | None:
+    """What is wrong with it; a short walk is traced, so that one that fits no table is refused here."""
     from batchsd.diffusion.scheduler import Scheduler
 
-    if isinstance(thing, Scheduler):
-        return None
-    return f"is {type(thing).__name__}, not a batchsd.Scheduler"
+    if not isinstance(thing, Scheduler):
+        return f"is {type(thing).__name__}, not a batchsd.Scheduler"
+    if thing.name != name:
+        return f"is a scheduler that calls itself {thing.name!r}; use one name"
+    try:
+        thing.program(TYPICAL_SCHEDULE, steps=5)
+    except Exception as error:
+        return f"cannot be used: {error if isinstance(error, UsageError) else cause(error)}"
+    return None
 
 
-def _task_fault(thing: object) -> str | None:
+def _task_fault(name: str, thing: object) -> str | None:
     if isinstance(thing, type):
         return f"is the class {thing.__name__}; register an instance of it"
     if not isinstance(thing, Task):
@@ -187,7 +211,7 @@ def _task_fault(thing: object) -> str | None:
     return None
 
 
-def _sink_fault(thing: object) -> str | None:
+def _sink_fault(name: str, thing: object) -> str | None:
     if isinstance(thing, type):
         return f"is the class {thing.__name__}; register an instance of it"
     if not isinstance(thing, Sink) or not callable(thing.open):

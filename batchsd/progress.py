@@ -35,7 +35,10 @@ class Snapshot:
 
 
 class Rate:
-    """Rows a second over the last `WINDOW` seconds, from calls with the rows finished so far."""
+    """Rows a second over the last `WINDOW` seconds, from calls with the rows finished so far.
+
+    It begins with the first row: until then workers start and models load.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -43,6 +46,8 @@ class Rate:
 
     def __call__(self, rows: int) -> float:
         now = self._clock()
+        if not self._seen and not rows:
+            return 0.0
         if not self._seen or now - self._seen[-1][0] >= 1 or rows < self._seen[-1][1]:
             self._seen.append((now, rows))
         while len(self._seen) > 2 and now - self._seen[1][0] > WINDOW:

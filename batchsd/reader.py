@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchsd import columns
+from batchsd.find import open_parquet, reading
 from batchsd.job import Job
 from batchsd.manifest import InputFile, Manifest
 from batchsd.rows import InvalidText, Names, Resolver, parse_template
-from batchsd.find import open_parquet, reading
 from batchsd.types import Request, RowError, Shard, UsageError
 
 BATCH_ROWS = 1024
@@ -49,7 +49,7 @@ class Cursor:
 
 @dataclass(slots=True)
 class Reader:
-    """Reads the shards of a manifest as Requests; picklable to a worker together with its hasher.
+    """Reads the shards of a manifest as Requests. Made on a worker, of a Manifest and a Job.
 
     `hasher` comes from `rows.row_hasher`. Without `travelling` a Request's `columns` hold nothing (`scan`).
     """
@@ -80,7 +80,7 @@ class Reader:
         row, index = shard.start, 0
         pieces = cursor.take(shard.count)
         while row < shard.start + shard.count:
-            with reading(f"{file.path}: rows from {row}", self.manifest.place):
+            with reading(f"{file.path}: rows from {row}", self.manifest.disk):
                 try:
                     piece = next(pieces)
                 except EOFError:
@@ -107,9 +107,9 @@ class Reader:
                 index += 1
 
     def _open(self, number: int, row: int) -> Cursor:
-        file, place = self.manifest.files[number], self.manifest.place
-        with reading(file.path, place):
-            info = place.files().get_file_info(file.path)
+        file, disk = self.manifest.files[number], self.manifest.disk
+        with reading(file.path, disk):
+            info = disk.files().get_file_info(file.path)
         if (info.size, info.mtime_ns or 0) != (file.size, file.mtime_ns):
             raise UsageError(f"{file.path}: changed since the plan was made; run again to see what differs")
         return Cursor(number, row, self._pieces(file, row))
@@ -120,12 +120,12 @@ class Reader:
         while group < len(file.row_groups) and skip >= file.row_groups[group]:
             skip -= file.row_groups[group]
             group += 1
-        with open_parquet(self.manifest.place, file.path, file.path) as parquet:
+        with open_parquet(self.manifest.disk, file.path, file.path) as parquet:
             stored = parquet.schema_arrow
             present = [name for name in self._plan.read if name in stored.names]
-            rows = batch_rows(parquet.metadata, {stored.names.index(name) for name in present})
+            rows = batch_rows(parquet.metadata)
         encoded = [name for name in present if may_stay_encoded(stored.field(name).type)]
-        with open_parquet(self.manifest.place, file.path, file.path, encoded) as parquet:
+        with open_parquet(self.manifest.disk, file.path, file.path, encoded) as parquet:
             groups = list(range(group, len(file.row_groups)))
             batches = parquet.iter_batches(rows, row_groups=groups, columns=present, use_threads=False)
             for batch in batches:
@@ -163,14 +163,11 @@ class _Columns:
 # --- decoding ------------------------------------------------------------------------------------------
 
 
-def batch_rows(metadata: Any, roots: set[int]) -> int:
-    """Rows a batch for about BATCH_BYTES, from the footer's uncompressed sizes of the wanted columns."""
-    largest = 1
-    for g in range(metadata.num_row_groups):
-        group = metadata.row_group(g)
-        size = sum(group.column(c).total_uncompressed_size for c in range(group.num_columns))
-        largest = max(largest, size // max(1, group.num_rows))
-    return max(1, min(BATCH_ROWS, BATCH_BYTES // largest))
+def batch_rows(metadata: Any) -> int:
+    """Rows a batch for about BATCH_BYTES, from the uncompressed sizes in the footer."""
+    groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
+    largest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))
 
 
 def may_stay_encoded(kind: pa.DataType) -> bool:

@@ -49,7 +49,7 @@ class Refused(ValueError):
 
 
 def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float | Decimal) and math.isnan(value))
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def whole(name: str, value: Any, low: int, high: int, multiple: int = 1) -> int:

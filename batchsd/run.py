@@ -11,7 +11,7 @@ import hashlib
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +56,7 @@ class Drained(Exception):
 
 
 Take = Callable[[bool], Ticket | None]
-"""`take(wait)`: the next ticket; None where none is at hand and `wait` is False. Raises Drained at the end."""
+"""`take(wait)`: the next ticket, or None where none is at hand and it may not wait. At the end: Drained."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Workbench:
 def work(bench: Workbench, take: Take, announce: Callable[[Progress], None]) -> Iterator[Event]:
     """Draw the shards of the tickets; yield a Progress for each record and a ShardResult for each shard.
 
-    `announce` is called before a row is drawn, from within the engine's pull: should the row kill this process,
-    its key has already gone out.
+    `announce` is called before a row is drawn, from within the engine's pull: should the row kill this
+    process, its key has already gone out.
     """
     writers: dict[Shard, ShardWriter] = {}
 
@@ -85,10 +85,12 @@ def work(bench: Workbench, take: Take, announce: Callable[[Progress], None]) -> 
         count = 0
         for request in bench.read(writer.shard):
             count += 1
+            if count > writer.rows:
+                break
             announce(writer.asked(request))
             yield request
         if count != writer.rows:
-            raise RuntimeError(f"{writer.shard.name}: the manifest gave {count} rows, planned were {writer.rows}")
+            raise RuntimeError(f"{writer.shard.name}: {count} rows read, {writer.rows} planned")
 
     def sources() -> Iterator[Source | None]:
         while True:
@@ -185,7 +187,7 @@ class ShardWriter:
 
 
 def check_staged(folder: Path, rows: int) -> tuple[OutputFile, ...]:
-    """The files that a sink left, hashed from disk. Its Parquet tables, where it writes any, must hold `rows`."""
+    """The files that a sink left, hashed from disk. Parquet tables among them must hold `rows` together."""
     import pyarrow.parquet as pq
 
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -194,7 +196,8 @@ def check_staged(folder: Path, rows: int) -> tuple[OutputFile, ...]:
     if not paths or (tables and written != rows):
         raise RuntimeError(f"{folder}: the sink left {len(paths)} files with {written} rows, not {rows}")
     return tuple(
-        OutputFile(path.relative_to(folder).as_posix(), path.stat().st_size, sha256_of(path)) for path in paths
+        OutputFile(path.relative_to(folder).as_posix(), path.stat().st_size, sha256_of(path))
+        for path in paths
     )
 
 
@@ -263,7 +266,7 @@ class InProcess:
                     dispatcher.handle(0, event)
                     dispatcher.tick()
 
-    def _events(self, dispatcher: Dispatcher) -> Iterator[Event]:
+    def _events(self, dispatcher: Dispatcher) -> Generator[Event]:
         def take(wait: bool) -> Ticket:
             ticket = dispatcher.take(0)
             if ticket is None:

@@ -62,7 +62,16 @@ class Sampler(Section):
     )
     width: Size | None = None
     spacing: Literal["", "leading", "trailing", "linspace"] = ""
-    sigmas: Literal["", "model", "karras", "exponential"] = ""
+    sigmas: Literal[
+        "",
+        "model",
+        "karras",
+        "exponential",
+        "beta",
+        "sgm_uniform",
+        "align_your_steps",
+        "align_your_steps_sdxl",
+    ] = ""
     eta: Annotated[float, Field(ge=0)] = 0.0
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     guidance_interval: Annotated[tuple[float, ...], Field(strict=False)] = ()

@@ -1,7 +1,7 @@
 """Where a run folder lives: the few storage operations that the ledger and the workers need.
 
-`create_only` is the one that decides anything: of any number of writers exactly one is told True. The others may
-be repeated without harm. Names are relative, with `/`; a name never leaves the root.
+`create_only` is the one that decides anything: of any number of writers exactly one is told True. The others
+may be repeated without harm. Names are relative, with `/`; a name never leaves the root.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Store(Protocol):
     uri: str
 
     def create_only(self, name: str, data: bytes) -> bool:
-        """Write a whole, durable file unless one of that name exists: then change nothing and return False."""
+        """Write a whole, durable file, unless one of that name exists: then change nothing, return False."""
         ...
 
     def put(self, name: str, data: bytes) -> None:
@@ -70,7 +70,7 @@ class LocalStore:
         path = self._path(name)
         with self._trouble(path), self._temporary(path, data) as temporary:
             try:
-                os.link(temporary, path)  # unlike rename it refuses an existing name; unlike O_EXCL it is whole
+                os.link(temporary, path)  # rename would replace, O_EXCL show a part
             except FileExistsError:
                 return False
             _sync_folder(path.parent)

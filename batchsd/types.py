@@ -221,10 +221,23 @@ class Sink(Protocol):
 class ModelFacts(Protocol):
     """What a task may ask of the loaded checkpoint."""
 
-    latent_channels: int
-    extra_channels: int
-    scale_factor: int
-    native_size: int
+    @property
+    def latent_channels(self) -> int: ...
+
+    @property
+    def extra_channels(self) -> int:
+        """Input channels of the network beyond the latents."""
+        ...
+
+    @property
+    def scale_factor(self) -> int:
+        """Pixels a latent, along one side."""
+        ...
+
+    @property
+    def native_size(self) -> int:
+        """Pixels of the side of the pictures that it was trained on."""
+        ...
 
     def encode_image(self, image_3HW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Pixels in [-1, 1] -> a scaled draw of the VAE's posterior, C H/8 W/8, in float32."""
@@ -239,7 +252,8 @@ class Task(Protocol):
     picture.
     """
 
-    columns: tuple[str, ...]
+    @property
+    def columns(self) -> tuple[str, ...]: ...
 
     def __call__(self, request: Request, model: ModelFacts, generator: torch.Generator) -> Conditioning: ...
 

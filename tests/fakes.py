@@ -6,7 +6,7 @@ Everything is at module level, so that Ray can carry it to its actors.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchsd.drive import Stop, drive
-from batchsd.ledger import Ledger, Plan, Tally
+from batchsd.ledger import Ledger, Tally
+from batchsd.plan import Plan
 from batchsd.run import Executor, Generate, InProcess, Source, Workbench
 from batchsd.store import LocalStore, Store
-from batchsd.types import Record, Request, Shard
+from batchsd.types import Record, Request, Shard, Sink
 
 SCHEMA = pa.schema([("key", pa.string()), ("image", pa.binary()), ("status", pa.string())])
 NOTHING = pa.table({})
@@ -102,8 +103,8 @@ class FakeWriter:
         pq.write_table(pa.Table.from_pylist(self.rows, self.schema), self.path)
 
 
-def workbench(store: Store, generate: Generate = lanes, facts: Mapping[str, object] | None = None) -> Workbench:
-    return Workbench(generate, read_rows, 1, FakeSink(), SCHEMA, store, facts=facts or {"device": "fake"})
+def workbench(store: Store, generate: Generate = lanes, sink: Sink | None = None) -> Workbench:
+    return Workbench(generate, read_rows, 1, sink or FakeSink(), SCHEMA, store, facts={"device": "fake"})
 
 
 def run_all(
@@ -121,7 +122,8 @@ def run_all(
     plan = ledger.begin(plan or plan_of(shards))
     executor = executor or InProcess(partial(workbench, store, generate))
     stop = stop or Stop(grace=5)
-    return drive(ledger, plan, shards, executor, stop, max_failed, lambda snapshot: None, log)
+    tally = ledger.roll_forward()
+    return drive(ledger, plan, tally, shards, executor, stop, max_failed, lambda snapshot: None, log)
 
 
 def published(root: Path) -> list[tuple[str, bytes]]:

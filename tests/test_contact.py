@@ -134,7 +134,9 @@ def test_same_run_same_bytes(run):
     assert outs[0] == outs[1]
 
 
-@pytest.mark.parametrize("size, shown", [((512, 256), (256, 128)), ((64, 96), (128, 192)), ((200, 200), (200, 200))])
+@pytest.mark.parametrize(
+    "size, shown", [((512, 256), (256, 128)), ((64, 96), (128, 192)), ((200, 200), (200, 200))]
+)
 def test_sizes(run, size, shown):
     _, pixels = sheet(run([row(0, size=size)]))
     ys, xs = np.where((pixels == color(0)).all(-1))

@@ -98,8 +98,8 @@ def mixed(count: int) -> list[Request]:
 
 @pytest.mark.parametrize("lanes", [1, 5, 16])
 def test_rows_in_company_equal_rows_alone(checkpoint: Path, lanes: int) -> None:
-    rows = mixed(24)
-    together = draw(new_engine(checkpoint, lanes=lanes, decode_batch=3), rows[:7], rows[7:15], rows[15:])
+    rows = mixed(12)
+    together = draw(new_engine(checkpoint, lanes=lanes, decode_batch=3), rows[:4], rows[4:9], rows[9:])
     alone = new_engine(checkpoint)
     for row in rows:
         difference = pixels(together[row.key]) - pixels(draw(alone, [row])[row.key])

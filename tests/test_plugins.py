@@ -142,7 +142,8 @@ def test_packed_file_builds_where_the_file_is_not(plugin, tmp_path):
         from batchsd.plugins import build
         registry = build(pickle.loads(Path({str(carried)!r}).read_bytes()), Path("/nowhere"))
         task = registry.tasks["square"]
-        print(json.dumps([registry.owners["task", "square"], type(pickle.loads(pickle.dumps(task))).__name__]))
+        copy = pickle.loads(pickle.dumps(task))
+        print(json.dumps([registry.owners["task", "square"], type(copy).__name__]))
         """
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -170,6 +171,29 @@ def test_packed_hash_follows_the_text(plugin, tmp_path):
     (again,) = pack(["mine.py"], tmp_path)
     (other,) = pack([plugin(GOOD + "\n# changed\n")], tmp_path)
     assert first.sha256 == again.sha256 != other.sha256
+
+
+SAMPLER = """
+import batchsd
+
+def mine(denoise, x, levels, noise):
+    for here, there in levels:
+        x = x + (there.sigma - here.sigma) * denoise.eps(x, here)
+    return x
+
+@batchsd.hookimpl
+def register_schedulers():
+    return {"mine": batchsd.Scheduler("mine", mine)}
+"""
+
+
+def test_a_sampler_from_a_file_is_euler(plugin, tmp_path):
+    from batchsd.diffusion.schedule import NoiseSchedule
+
+    schedulers = build([plugin(SAMPLER)], tmp_path).schedulers
+    schedule = NoiseSchedule.from_config({"beta_schedule": "scaled_linear"})
+    mine, euler = (schedulers[name].program(schedule, 7) for name in ("mine", "euler"))
+    assert (mine.packed == euler.packed).all()
 
 
 def test_an_edited_file_is_loaded_anew(plugin, tmp_path):
@@ -232,6 +256,23 @@ BROKEN = {
     "no scheduler": (
         "import batchsd\n@batchsd.hookimpl\ndef register_schedulers(): return {'a': print}",
         "register_schedulers: 'a' is builtin_function_or_method, not a batchsd.Scheduler",
+    ),
+    "not linear": (
+        SAMPLER.replace("return x", "return x.clamp(-1, 1)"),
+        "register_schedulers: 'mine' cannot be used: scheduler 'mine' cannot run as a table: mine uses",
+    ),
+    "sampler that raises": (
+        SAMPLER.replace("return x", "return x + nothing"),
+        "'mine' cannot be used: NameError: name 'nothing' is not defined (",
+        "mine.py:7)",
+    ),
+    "two names": (
+        SAMPLER.replace('{"mine"', '{"other"'),
+        "'other' is a scheduler that calls itself 'mine'; use one name",
+    ),
+    "taken alias": (
+        SAMPLER.replace("mine)}", 'mine, aliases=("EULER",))}'),
+        "schedulers 'euler' of plugin 'batchsd' and 'mine' of plugin './mine.py' both claim the name 'EULER'",
     ),
     "a name that is none": (
         "import batchsd\n@batchsd.hookimpl\ndef register_sinks(): return {7: 5}",

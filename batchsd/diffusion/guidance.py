@@ -15,8 +15,8 @@ import torch
 def classifier_free(scale: float, interval: Sequence[float] = ()) -> Callable[[float], tuple[float, float]]:
     """Weights of (negative, positive) by k-diffusion's sigma of the call: `Conditioning.weights`.
 
-    With `interval` (low, high) guidance acts only for low < sigma <= high (Kynkaanniemi et al., 2024), elsewhere the
-    positive stands alone.
+    With `interval` (low, high) guidance acts only for low < sigma <= high (Kynkaanniemi et al., 2024);
+    elsewhere the positive stands alone.
     """
     low, high = interval or (-1.0, float("inf"))
 
@@ -29,8 +29,8 @@ def classifier_free(scale: float, interval: Sequence[float] = ()) -> Callable[[f
 def weighted_sum(outputs: torch.Tensor, lanes: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Guided outputs [R, ...] from lanes' outputs [L, ...].
 
-    lanes int64 [R, B] says where each row's branches were evaluated, weights [R, B]; a row with fewer branches
-    repeats one of its own lanes at weight 0, so that no row touches another's numbers (0 * nan is nan).
+    lanes int64 [R, B] says where each row's branches were evaluated, weights [R, B]; a row with fewer
+    branches repeats one of its own lanes at weight 0, so that no row meets another's nan (0 * nan is nan).
     """
     picked = outputs[lanes]
     return (weights.to(picked).reshape(*weights.shape, *[1] * (picked.ndim - 2)) * picked).sum(1)
@@ -39,7 +39,7 @@ def weighted_sum(outputs: torch.Tensor, lanes: torch.Tensor, weights: torch.Tens
 def rescaled(guided: torch.Tensor, positive: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
     """Mix `guided` [R, ...] with itself at the standard deviation of the `positive` branch, by strength [R].
 
-    Deviations run over all but the first dimension (C, H, W) of the raw predictions. Strength 0 changes nothing.
+    Deviations run over C, H, W of the raw predictions; strength 0 changes nothing.
     """
     dims = tuple(range(1, guided.ndim))
     ratio = positive.std(dims, keepdim=True) / guided.std(dims, keepdim=True)

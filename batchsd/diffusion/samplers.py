@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from batchsd.diffusion.levels import Level, Levels
@@ -37,10 +37,8 @@ class Denoise(Protocol):
 Noise = Callable[[], State]
 
 
-class Sampler(Protocol):
-    """What a scheduler plugin writes."""
-
-    def __call__(self, denoise: Denoise, x: State, levels: Levels, noise: Noise, **options: Any) -> State: ...
+Sampler = Callable[..., State]
+"""What a scheduler plugin writes: (denoise, x, levels, noise, *, options with defaults) -> x."""
 
 
 def ddim(denoise: Denoise, x: State, levels: Levels, noise: Noise, *, eta: float = 0.0) -> State:
@@ -76,72 +74,47 @@ def euler_ancestral(denoise: Denoise, x: State, levels: Levels, noise: Noise, *,
     return x
 
 
-def dpmpp_multistep(
-    denoise: Denoise,
-    x: State,
-    levels: Levels,
-    noise: Noise,
-    *,
-    order: int = 2,
-    algorithm_type: str = "dpmsolver++",
-    solver_type: str = "midpoint",
-    lower_order_final: bool = True,
-    euler_at_final: bool = False,
-    eta: float = 1.0,
+def ddpm(
+    denoise: Denoise, x: State, levels: Levels, noise: Noise, *, variance_type: str = "fixed_small"
 ) -> State:
-    """DPM-Solver++ multistep (Lu et al., 2022): an exponential integrator in x_0 over the log SNR.
-
-    `order` 1 to 3. The first steps have less history and a lower order; the last is of order 1 if it ends
-    clean or with `euler_at_final`, and with `lower_order_final` below 15 steps, the last but one of order 2.
-    "sde-dpmsolver++" draws once a step: noise of strength `eta` in place of that share of the way (k-diffusion's
-    2M SDE and 3M SDE).
-    """
-    churn = {"dpmsolver++": 0.0, "deis": 0.0, "sde-dpmsolver++": eta}.get(algorithm_type)
-    if churn is None:
-        raise UsageError(f"sampler.algorithm_type: {algorithm_type!r} is not built; use 'dpmsolver++'")
-    past: list[tuple[float, State]] = []  # (log SNR, x_0) of each call so far
-    for i, (here, there) in enumerate(levels):
-        past.append((here.log_snr, denoise(x, here)))
-        left = len(levels) - i
-        few = lower_order_final and levels.total < 15
-        if left == 1 and (euler_at_final or few or there.sigma == 0):
-            now = 1
-        elif left == 2 and few:
-            now = min(order, 2)
-        else:
-            now = order
-        kept = math.exp(-churn * (there.log_snr - here.log_snr)) if churn else 1.0
-        estimate = taylor_sum(past[-now:], there.log_snr, solver_type, 1 + churn)
-        x = kept * there.sigma / here.sigma * x + there.alpha * estimate
-        if algorithm_type == "sde-dpmsolver++":
-            x = x + there.sigma * math.sqrt(1 - kept**2) * noise()
+    """Ho et al., 2020, eq. 7: the posterior of the step before. One draw a step, none at timestep 0."""
+    if variance_type not in ("fixed_small", "fixed_large"):
+        raise UsageError(
+            f"sampler.variance_type: {variance_type!r} is unknown; have fixed_small, fixed_large"
+        )
+    for here, there in levels:
+        x0 = denoise(x, here)
+        kept = (here.alpha / there.alpha) ** 2
+        share = (there.sigma / here.sigma) ** 2
+        x = there.alpha * (1 - kept) / here.sigma**2 * x0 + math.sqrt(kept) * share * x
+        if here.timestep > 0:
+            variance = (1 - kept) * (share if variance_type == "fixed_small" else 1.0)
+            x = x + math.sqrt(variance) * noise()
     return x
 
 
-def taylor_sum(past: Sequence[tuple[float, State]], end: float, solver_type: str, pull: float = 1.0) -> State:
-    """The integral of pull e^(pull (lambda - end)) x_0(lambda) from the last call's log SNR to `end`.
+def lcm(denoise: Denoise, x: State, levels: Levels, noise: Noise, *, timestep_scaling: float = 10.0) -> State:
+    """Latent consistency (Luo et al., 2023): to x_0, then noised again. One draw a step but the last."""
+    for i, (here, there) in enumerate(levels):
+        x0 = denoise(x, here)
+        scaled = here.timestep * timestep_scaling / 0.5  # 0.5: the sigma_data of its boundary condition
+        clean = scaled / math.hypot(scaled, 1) * x0 + 1 / (scaled**2 + 1) * x
+        x = clean if i == len(levels) - 1 else there.alpha * clean + there.sigma * noise()
+    return x
 
-    x_0 is taken as its Taylor polynomial with differences over `past`, one to three (log SNR, x_0), the
-    last call last. At two, `solver_type` "midpoint" takes half the first weight for the exact second ("heun").
+
+def tcd(denoise: Denoise, x: State, levels: Levels, noise: Noise, *, eta: float = 0.3) -> State:
+    """Trajectory consistency (Zheng et al., 2024): past the target to (1 - eta) of its timestep, then noised
+    up to it. One draw a step but the last, if eta > 0.
     """
-    lam0, m0 = past[-1]
-    h = end - lam0
-    phi1 = -math.expm1(-pull * h)
-    if len(past) == 1:
-        return phi1 * m0
-    lam1, m1 = past[-2]
-    r0 = (lam0 - lam1) / h
-    slope = (m0 - m1) / r0
-    phi2 = 1 - phi1 / (pull * h)
-    if len(past) == 2:
-        if solver_type not in ("midpoint", "heun", "logrho", "bh1", "bh2"):
-            raise UsageError(f"sampler.solver_type: {solver_type!r} is unknown; have midpoint, heun")
-        return phi1 * m0 + (phi2 if solver_type == "heun" else phi1 / 2) * slope
-    lam2, m2 = past[-3]
-    r1 = (lam1 - lam2) / h
-    bend = (slope - (m1 - m2) / r1) / (r0 + r1)
-    phi3 = phi2 / (pull * h) - 0.5
-    return phi1 * m0 + phi2 * (slope + r0 * bend) - phi3 * bend
+    for i, (here, there) in enumerate(levels):
+        beyond = levels.trained(math.floor((1 - eta) * there.timestep))
+        x0 = denoise(x, here)
+        x = beyond.alpha * x0 + beyond.sigma / here.sigma * (x - here.alpha * x0)
+        if eta > 0 and i < len(levels) - 1:
+            kept = there.alpha / beyond.alpha
+            x = kept * x + math.sqrt(max(0.0, 1 - kept**2)) * noise()
+    return x
 
 
 def from_k_diffusion(function: Callable[..., State]) -> Sampler:

@@ -1,6 +1,6 @@
 """The forward process destroys a latent by steps of Gaussian noise:
 
-    q(x_t | x_0) = N(alpha_t x_0, sigma_t^2),   alpha_t^2 = ac_t = prod_{s<=t} (1 - beta_s),   sigma_t^2 = 1 - ac_t
+    q(x_t | x_0) = N(alpha_t x_0, sigma_t^2),   alpha_t^2 = ac_t = prod_{s<=t} (1 - beta_s) = 1 - sigma_t^2
 
 A network learns to undo it. Told x_t it predicts eps, v = alpha_t eps - sigma_t x_0, or x_0 itself
 ("epsilon", "v_prediction", "sample"); each is a linear function of the other two and x_t.
@@ -36,7 +36,7 @@ def linear(start: float, end: float, count: int) -> torch.Tensor:
 
 
 def squaredcos_cap_v2(_start: float, _end: float, count: int) -> torch.Tensor:
-    """ac(t) = cos^2((t + 0.008) / 1.008 * pi / 2) (Nichol and Dhariwal, 2021), beta <= 0.999. float32 [count]."""
+    """ac(t) = cos^2((t + 0.008) / 1.008 * pi / 2), beta <= 0.999 (Nichol and Dhariwal, 2021). [count]."""
 
     def ac(t: float) -> float:
         return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -52,7 +52,7 @@ BETAS: Mapping[str, Callable[[float, float, int], torch.Tensor]] = {
 
 
 def rescale_zero_snr(betas: torch.Tensor) -> torch.Tensor:
-    """Shift and scale sqrt(ac) so that the last is 0 and the first is kept (Lin et al., 2023, algorithm 1)."""
+    """Shift and scale sqrt(ac) so that the last is 0 and the first stays (Lin et al., 2023, algorithm 1)."""
     root = torch.cumprod(1 - betas, 0).sqrt()
     first, last = root[0].clone(), root[-1].clone()
     ac = ((root - last) * (first / (first - last))) ** 2
@@ -147,7 +147,7 @@ class NoiseSchedule:
         return float(np.interp(math.log(max(sigma, 1e-10)), np.log(self.sigmas), np.arange(len(self))))
 
     def coefficients(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(alpha_t, sigma_t) for timesteps t [R], shaped to multiply `like` [R, ...], in its dtype and device."""
+        """(alpha_t, sigma_t) of timesteps t [R], to multiply `like` [R, ...]: its dtype and device."""
         ac = torch.from_numpy(self.alphas_cumprod).to(t.device)[t].reshape(-1, *[1] * (like.ndim - 1))
         return ac.sqrt().to(like), (1 - ac).sqrt().to(like)
 
@@ -172,7 +172,7 @@ class NoiseSchedule:
         return torch.randint(0, len(self), (count,), generator=generator)
 
     def min_snr_weights(self, t: torch.Tensor, gamma: float = 5.0) -> torch.Tensor:
-        """Loss weights [R], float32: min(SNR, gamma) on the x_0 error (Hang et al., 2023), in target's units."""
+        """Loss weights [R]: min(SNR, gamma) on the x_0 error (Hang et al., 2023), in the target's units."""
         ac = torch.from_numpy(self.alphas_cumprod).to(t.device)[t]
         snr = ac / (1 - ac)
         unit = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[self.prediction_type]

@@ -3,8 +3,8 @@
     program = Scheduler("mine", sampler=mine).program(schedule, steps=20)
 
 Its options are the keyword parameters of these two functions. A value comes, in rising order, from their
-defaults, the class defaults (`defaults`), the checkpoint's scheduler_config.json, what the name means (`preset`),
-and the job. So a name equals diffusers' `Class.from_config(the checkpoint's scheduler config)`.
+defaults, `defaults`, the checkpoint's scheduler_config.json, `preset` (what the name means), and the job.
+So a name equals diffusers' `Class.from_config(the checkpoint's scheduler config)`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from functools import lru_cache
 from typing import Any
 
 from batchsd.diffusion.levels import LevelMaker, on_sigmas
-from batchsd.diffusion.program import Keeps, Program, trace
+from batchsd.diffusion.program import Program
 from batchsd.diffusion.samplers import Sampler
 from batchsd.diffusion.schedule import NoiseSchedule
+from batchsd.diffusion.tracing import Keeps, trace
 from batchsd.types import UsageError
 
 CONFIG_KEYS: Mapping[str, str] = {
@@ -31,6 +32,7 @@ CONFIG_KEYS: Mapping[str, str] = {
 SIGMA_FLAGS = {
     "use_karras_sigmas": "karras",
     "use_exponential_sigmas": "exponential",
+    "use_beta_sigmas": "beta",
 }
 """Flags of scheduler_config.json and the value of the option `sigmas` that each stands for."""
 
@@ -74,8 +76,8 @@ class Scheduler:
     ) -> Program:
         """The table of a walk of `steps` steps, the first `begin` skipped; the history starts afresh there.
 
-        `options` of None or "" mean "as the checkpoint says". The last thousand programs are kept, by the identity
-        of `schedule`. Raises UsageError: an unknown option or value, or a sampler that is not linear.
+        `options` of None or "" mean "as the checkpoint says". The last thousand programs are kept, by the
+        identity of `schedule`. Raises UsageError: unknown options or values, a sampler that is not linear.
         """
         if isinstance(schedule, Mapping):
             schedule = NoiseSchedule.from_config(schedule)
@@ -107,8 +109,8 @@ def config_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """A scheduler_config.json in the words of our options (other keys as they are; null means absent)."""
     said = {k: v for k, v in config.items() if v is not None}
     renamed = {ours: said[theirs] for ours, theirs in CONFIG_KEYS.items() if theirs in said}
-    bends = {"sigmas": word for flag, word in SIGMA_FLAGS.items() if said.get(flag)}
-    return {**said, **renamed, **bends}
+    bends = [word for flag, word in SIGMA_FLAGS.items() if said.get(flag)]
+    return {**said, **renamed, **({"sigmas": bends[0]} if bends else {})}
 
 
 @lru_cache(maxsize=1000)
@@ -125,13 +127,8 @@ def build(
     )
 
 
-def with_curves(scheduler: Scheduler) -> list[Scheduler]:
-    """The scheduler, and it on Karras and exponential sigmas under its names with that word behind them."""
-    found = [scheduler]
-    if "sigmas" in keyword_defaults(scheduler.levels):
-        for word in ("karras", "exponential"):
-            names = tuple(f"{a} {word.title()}" for a in scheduler.aliases)
-            preset = {**scheduler.preset, "sigmas": word}
-            name = f"{scheduler.name}_{word}"
-            found.append(replace(scheduler, name=name, aliases=names, preset=preset, diffusers=""))
-    return found
+@lru_cache(maxsize=1000)
+def with_sigmas(scheduler: Scheduler, word: str) -> Scheduler:
+    """The scheduler on another sigma schedule: what "DPM++ 2M Karras" means."""
+    preset = {**scheduler.preset, "sigmas": word}
+    return replace(scheduler, name=f"{scheduler.name}_{word}", aliases=(), diffusers="", preset=preset)

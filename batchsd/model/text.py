@@ -6,7 +6,7 @@ one), the last hidden state after the final LayerNorm.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchsd.model.config import read_json
+from batchsd.model.weights import fill, read_safetensors
 from batchsd.types import UsageError
 
 
@@ -59,26 +61,30 @@ def load_text_encoder(folder: Path, dtype: torch.dtype, device: torch.device) ->
 
     Raises `UsageError` where files are missing, do not fit each other, or hold other weights than the config says.
     """
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     tokenizer = load_tokenizer(folder / "tokenizer")
     where = folder / "text_encoder"
-    try:
-        model, info = CLIPTextModel.from_pretrained(
-            where, local_files_only=True, output_loading_info=True, dtype=dtype, use_safetensors=True
-        )
-    except Exception as error:  # transformers raises many kinds; each means that the folder is no good
-        raise UsageError(f"{where}: not loadable as a CLIP text encoder ({_first_line(error)})") from None
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        names = sorted(str(name) for name in info.get(kind, ()) if "position_ids" not in str(name))
-        if names:
-            what = kind.replace("_keys", "")
-            raise UsageError(f"{where}: {len(names)} tensors {what}, first '{names[0]}'")
-    if len(tokenizer) > model.config.vocab_size:
+    config = CLIPTextConfig.from_dict(read_json(where / "config.json"))
+    if len(tokenizer) > config.vocab_size:
         raise UsageError(
-            f"{folder}: the tokenizer knows {len(tokenizer)} tokens, the text encoder {model.config.vocab_size}"
+            f"{folder}: the tokenizer knows {len(tokenizer)} tokens, the text encoder {config.vocab_size}"
         )
-    return TextEncoder(model.to(device).eval().requires_grad_(False), tokenizer)
+    # Filled by us, not by from_pretrained, which replaces what does not fit by random numbers and goes on.
+    with torch.device("meta"):
+        model = CLIPTextModel(config)
+    fill(model, _known_names(read_safetensors(where / "model.safetensors"), model), str(where))
+    positions = torch.arange(config.max_position_embeddings)[None]
+    for name, _ in list(model.named_buffers()):  # they are in no file: one, the numbers of the positions
+        model.get_submodule(name.rpartition(".")[0]).register_buffer("position_ids", positions, persistent=False)
+    return TextEncoder(model.to(device, dtype).eval().requires_grad_(False), tokenizer)
+
+
+def _known_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The state without old files' position numbers, and with or without `text_model.`, as this transformers has it."""
+    prefix = "text_model." if any(name.startswith("text_model.") for name in model.state_dict()) else ""
+    short = {name.removeprefix("text_model."): value for name, value in state.items()}
+    return {prefix + name: value for name, value in short.items() if not name.endswith("position_ids")}
 
 
 def load_tokenizer(folder: Path) -> Any:

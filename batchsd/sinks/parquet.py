@@ -61,7 +61,7 @@ class ParquetShard:
         self._bytes += size
 
     def close(self) -> None:
-        """Finish the file, put it on the disk, and give it its name. A shard without rows is a caller's bug."""
+        """Finish the file, put it on the disk, and give it its name. ValueError for a shard without rows."""
         if self._rows:
             self._write_group()
         if self._writer is None:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class TextTask:
     """Draws from noise alone, as diffusers' StableDiffusionPipeline does.
 
-    Draws, in order: the noise, one `torch.randn` of shape (1, C, H/f, W/f) in float32 from the row's generator.
+    Draws, in order: the noise, one `torch.randn` of shape (1, C, H/f, W/f) in float32 from the row's
+    generator.
     """
 
     columns: tuple[str, ...] = ()

@@ -24,8 +24,8 @@ class Model:
 
 
 REQUEST = Request(
-    key="a", index=0, repeat_index=0, prompt="a cat", negative_prompt=None, seed=7, steps=20, guidance_scale=5.0,
-    height=64, width=96, scheduler="euler", task="text", inputs={}, columns=pa.table({}),
+    key="a", index=0, repeat_index=0, prompt="a cat", negative_prompt=None, seed=7, steps=20,
+    guidance_scale=5.0, height=64, width=96, scheduler="euler", task="text", inputs={}, columns=pa.table({}),
 )  # fmt: skip
 
 
@@ -78,7 +78,9 @@ def test_native_size_where_none_is_given():
     assert condition(replace(REQUEST, width=None)).noise_CHW.shape == (4, 8, 64)
 
 
-@pytest.mark.parametrize("height, width, words", [(60, 64, "height 60"), (64, 0, "width 0"), (-8, 64, "height -8")])
+@pytest.mark.parametrize(
+    "height, width, words", [(60, 64, "height 60"), (64, 0, "width 0"), (-8, 64, "height -8")]
+)
 def test_wrong_size_is_bad_input(height, width, words):
     with pytest.raises(RowError, match=words) as error:
         condition(replace(REQUEST, height=height, width=width))

@@ -30,7 +30,7 @@ def test_each_word_is_one_token(tokenizer):
     assert len({tokenizer(word).input_ids[1] for word in WORDS}) == len(WORDS)
 
 
-@pytest.mark.parametrize("text", ["zebra", "bred", "reds", "cubeless", "ünïcode", "日本", "42", "sphere!?", "e"])
+@pytest.mark.parametrize("text", ["zebra", "bred", "reds", "cubeless", "ünïcode", "42", "cube!?", "e"])
 def test_other_text_falls_back_to_bytes_and_comes_back(tokenizer, text):
     ids = tokenizer(text).input_ids
     assert len(ids) > 3 or len(text) == 1
@@ -44,7 +44,8 @@ def test_special_tokens_padding_and_length(tokenizer):
     assert tokenizer.pad_token_id == tokenizer.unk_token_id == size - 1
     assert tokenizer.model_max_length == 32
     ids = tokenizer(["A RED cube", "red " * 50], padding="max_length", truncation=True).input_ids
-    assert ids[0][:5] == [size - 2, *(tokenizer(word).input_ids[1] for word in ("a", "red", "cube")), size - 1]
+    words = [tokenizer(word).input_ids[1] for word in ("a", "red", "cube")]
+    assert ids[0][:5] == [size - 2, *words, size - 1]
     assert [len(row) for row in ids] == [32, 32] and ids[1][-1] == size - 1
 
 

@@ -1,0 +1,5 @@
+"""`python -m batchsd`: the command line."""
+
+from batchsd.cli import main
+
+main()

@@ -1,0 +1,186 @@
+"""Where a job runs: in this process, on a private Ray here, or on a cluster; and with how many workers.
+
+One worker alone runs in this process: it needs no Ray. Ray itself is touched only through `batchsd.cluster`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from batchsd.job import Job
+from batchsd.run import Executor, InProcess
+from batchsd.types import InfrastructureError, UsageError
+
+if TYPE_CHECKING:
+    from batchsd.cluster import Cluster
+    from batchsd.prepare import Recipe
+
+CURRENT_CLUSTER = Path("/tmp/ray/ray_current_cluster")  # `ray start` writes its address here
+
+
+@dataclass(frozen=True)
+class Crew:
+    """How many workers, and what each is given. `device` is the job's, with "auto" decided."""
+
+    workers: int
+    gpus: float
+    cpus: float
+    threads: int
+    device: str
+
+
+class Place:
+    """The chosen place. As a context it leaves Ray again at its end."""
+
+    def __init__(self, job: Job, address: str) -> None:
+        self._job = job
+        self._address = address
+        self._cluster: Cluster | None = None
+        self.warnings: list[str] = []
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._cluster:
+            self._cluster.close()
+
+    @property
+    def on_ray(self) -> bool:
+        return self._address != "none" and (self._address != "local" or self.workers > 1)
+
+    @property
+    def workers(self) -> int:
+        return self.crew.workers
+
+    @property
+    def gpu(self) -> bool:
+        return self.crew.device.startswith("cuda")
+
+    @cached_property
+    def crew(self) -> Crew:
+        """Sized by what is here, or by what the cluster says it has."""
+        setting = self._job.ray.workers
+        gpus_each, device = self._job.ray.gpus_per_worker, self._job.model.device
+        if self._address == "none":
+            gpus = gpus_here() if device == "auto" else 0
+            return Crew(1, 0, 0, 0, "cuda" if gpus else "cpu" if device == "auto" else device)
+        if self._address == "local":
+            cpus = max(cpus_here(), 1 if setting == "auto" else setting)
+            resources: Mapping[str, float] = {"CPU": cpus, "GPU": gpus_here() if device != "cpu" else 0}
+        else:
+            resources = self.connect().resources()
+        crew, short = size_crew(setting, gpus_each, device, resources)
+        if short:
+            self.warnings.append(short)
+        return crew
+
+    def connect(self) -> Cluster:
+        """Begin to connect to Ray, once; it comes up in the background."""
+        if self._cluster is None:
+            from batchsd.cluster import Cluster
+
+            private = self._address == "local"
+            self._cluster = Cluster(self._address, max(cpus_here(), self.workers) if private else None)
+        return self._cluster
+
+    def executor(self, recipe: Recipe, log: Callable[[str], None]) -> Executor:
+        """The workers, once the plan is made; waits for Ray to be up."""
+        if not self.on_ray:
+            return InProcess(partial(recipe, device=self.crew.device))
+        from batchsd.cluster import RayActors
+
+        self.connect().resources()
+        crew = self.crew
+        build = partial(recipe, device=crew.device, threads=crew.threads)
+        reserve = {"num_cpus": crew.cpus, "num_gpus": crew.gpus}
+        return RayActors(build, crew.workers, reserve, crew.threads, log)
+
+    def describe(self) -> str:
+        """`in this process`, `2 Ray actors here, 1 CPU each`, `8 Ray actors at head:6379, 1 GPU each`."""
+        crew = self.crew
+        if not self.on_ray:
+            return f"in this process on {crew.device}"
+        where = "here" if self._address == "local" else f"at {self._address}"
+        each = f"{crew.gpus:g} GPU" if crew.gpus else f"{crew.cpus:g} CPU"
+        return f"{crew.workers} Ray actor{'s' if crew.workers > 1 else ''} {where}, {each} each"
+
+
+def choose_place(job: Job, option: str | None, environ: Mapping[str, str]) -> Place:
+    """The place for a job; `option` is --address. Raises UsageError for an address that cannot be one."""
+    return Place(job, choose_address(option, job.ray.address, environ))
+
+
+def choose_address(
+    option: str | None, setting: str, environ: Mapping[str, str], current: Path = CURRENT_CLUSTER
+) -> str:
+    """`none` (this process), `local` (a private Ray), or a cluster's `host:port`.
+
+    --address over RAY_ADDRESS over the job; "auto" is the cluster that this user began here with `ray start`,
+    if it answers, else "local". Other people's clusters are never joined unasked. Raises UsageError.
+    """
+    address = option or environ.get("RAY_ADDRESS") or setting
+    if "://" in address:
+        raise UsageError(
+            f"Ray address {address!r}: a driver needs host:port of the cluster's head; from outside, run "
+            "batchsd on the cluster: ray job submit -- batchsd run ..."
+        )
+    if address != "auto":
+        return address
+    try:
+        mine = current.stat().st_uid == os.getuid()
+        found = current.read_text().strip() if mine else ""
+        host, _, port = found.rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=1):
+            return found
+    except (OSError, ValueError):
+        return "local"
+
+
+def size_crew(
+    workers: int | str, gpus_per_worker: float, device: str, resources: Mapping[str, float]
+) -> tuple[Crew, str]:
+    """The crew that fits `resources` (Ray's CPU and GPU counts), and a line where that is less than asked.
+
+    Raises InfrastructureError where a GPU is needed and there is none: Ray would wait for ever, silently.
+    """
+    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    wants_gpu = device not in ("auto", "cpu") or (device == "auto" and gpus > 0)
+    if wants_gpu and gpus_per_worker > 0:
+        room = int(gpus / gpus_per_worker)
+        if room == 0:
+            raise InfrastructureError(
+                f"a worker needs {gpus_per_worker:g} GPU (ray.gpus_per_worker, model.device = {device!r}), "
+                f"the cluster has {gpus:g}; add a node with GPUs, or set model.device = 'cpu'"
+            )
+        count = room if workers == "auto" else min(int(workers), room)
+        # No CPUs are reserved: nodes of a GPU cluster may declare none, and a worker would wait for ever.
+        device = "cuda" if device == "auto" else device
+        crew = Crew(count, gpus_per_worker, 0, max(1, int(cpus // count)), device)
+    else:
+        count = 1 if workers == "auto" else min(int(workers), max(1, int(cpus)))
+        share = max(1, int(cpus // count))
+        crew = Crew(count, 0, min(share, cpus), share, "cpu" if device == "auto" else device)
+    if workers == "auto" or crew.workers == int(workers):
+        return crew, ""
+    return crew, f"ray.workers = {workers}, but there is room for {crew.workers} (CPU {cpus:g}, GPU {gpus:g})"
+
+
+def gpus_here(devices: Path = Path("/dev")) -> int:
+    """GPUs that torch can use on this machine; torch is asked only where the kernel shows one."""
+    if not any(devices.glob("nvidia[0-9]*")):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def cpus_here() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,44 @@
+"""How far a run is, from its folder alone: markers say what is done, `status.json` what the driver said."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from batchsd.ledger import Ledger
+from batchsd.store import open_store
+from batchsd.types import UsageError
+
+SILENT = 90.0  # seconds: three times as long as a driver waits between two words
+
+
+def read_status(uri: str) -> dict[str, Any]:
+    """One flat JSON value. `done` and `failed` count committed rows. Raises UsageError where there is no run.
+
+    `state` is `running`, `stopped`, `failed`, `done`, or `dead since ...` where a driver said no more.
+    """
+    ledger = Ledger(open_store(uri))
+    plan = ledger.plan()
+    if plan is None:
+        raise UsageError(f"{uri}: no run of batchsd is here (no plan)")
+    tally, said = ledger.tally(), ledger.status() or {}
+    state, updated = said.get("state", "planned"), said.get("updated", 0.0)
+    if state == "running" and time.time() - updated > SILENT:
+        state = f"dead since {time.strftime('%Y-%m-%d %H:%M', time.localtime(updated))}, run it again"
+    rate = said.get("pictures_per_second", 0.0) if state == "running" else 0.0
+    return {
+        "state": state,
+        "reason": said.get("reason", ""),
+        "exit_code": said.get("exit_code"),
+        "rows": plan.rows,
+        "done": tally.rows,
+        "ok": tally.ok,
+        "failed": dict(tally.failed),
+        "left": plan.rows - tally.rows,
+        "shards": plan.shards,
+        "shards_done": len(tally.done),
+        "pictures_per_second": rate,
+        "seconds_left": (plan.rows - tally.rows) / rate if rate else None,
+        "updated": updated,
+        "plan": plan.hash,
+    }

@@ -1,0 +1,246 @@
+"""The house rules, read from the source with `ast`: who may import whom, who loads what, who prints.
+
+A room is a file of batchsd/ or one of its packages. A new file needs its line in the table below.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import batchsd
+
+HOUSE = Path(batchsd.__file__).parent
+LONGEST = 330  # lines; a longer file is two files
+
+# Who may import whom, from the roof down: a room names only rooms that stand below it in this table. Every
+# room may import `types`, and `batchsd` itself (the front door: hookimpl and the version).
+MAY_IMPORT = {
+    # the command line
+    "__main__": "cli",
+    "cli": "contact drive job ledger manifest place plugins prepare progress reader status store",
+    "status": "ledger store",
+    "contact": "columns",
+    "place": "cluster job prepare run",
+    "cluster": "run",
+    "drive": "ledger progress run",
+    "prepare": "columns diffusion encode engine job ledger manifest model plugin_source plugins reader rows "
+    "run store",
+    # the worker
+    "run": "ledger order store",
+    "engine": "diffusion lanes model",
+    "lanes": "diffusion model",
+    "order": "",
+    # plugins
+    "testing": "columns diffusion encode job",
+    "defaults": "diffusion sinks tasks",
+    "plugins": "diffusion hookspecs plugin_source",
+    "plugin_source": "",
+    "hookspecs": "diffusion",
+    "tasks": "",
+    "sinks": "columns",
+    # input, output and the ledger
+    "reader": "find job manifest rows",
+    "manifest": "columns find job job_errors rows",
+    "rows": "job job_errors settings",
+    "columns": "job job_errors redact",
+    "find": "redact",
+    "ledger": "store",
+    "store": "",
+    "progress": "",
+    "encode": "",
+    # the job
+    "job": "job_errors job_sources redact settings",
+    "settings": "",
+    "job_errors": "job_sources redact",
+    "job_sources": "",
+    "redact": "",
+    # the mathematics, which know nothing of all that
+    "training": "diffusion model",
+    "model": "",
+    "diffusion": "",
+    # the vocabulary
+    "__init__": "diffusion",
+    "types": "",
+}
+
+# What comes from outside, and the rooms that may import it at all (strict where a room is its one door).
+DOORS = {
+    "ray": "cluster",
+    "transformers": "model training",
+    "diffusers": "",
+    "safetensors": "model training",
+    "click": "cli",
+    "rich": "cli",
+    "pluggy": "__init__ hookspecs plugins",
+    "pydantic": "job job_errors job_sources settings training",
+    "pydantic_settings": "job",
+}
+
+# Slow to import: at the top of a file only in these rooms, elsewhere inside the function that needs it.
+AT_THE_TOP = {
+    "torch": "engine lanes model diffusion training",
+    "transformers": "",
+    "ray": "",
+}
+
+# These rooms import nothing from outside but this.
+ONLY = {
+    "model": "torch numpy transformers safetensors",
+    "diffusion": "torch numpy",
+    "types": "torch pyarrow",
+}
+
+PRINTERS = "cli training"
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import: its file, the room of that file, the whole module name, and whether it stands at the top."""
+
+    file: str
+    room: str
+    module: str
+    at_the_top: bool
+
+    @property
+    def package(self) -> str:
+        return self.module.split(".")[0]
+
+    @property
+    def target(self) -> str:
+        """The room that is imported, `__init__` for the front door itself."""
+        return self.module.split(".")[1] if "." in self.module else "__init__"
+
+    def __str__(self) -> str:
+        return f"{self.file} imports {self.module}"
+
+
+def files() -> list[Path]:
+    return sorted(HOUSE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(HOUSE).parts[0].removesuffix(".py")
+
+
+def modules(node: ast.AST) -> list[str]:
+    """The modules that a statement imports; `from batchsd import plugins` is batchsd.plugins."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    assert node.level == 0, f"line {node.lineno}: relative import; write `from batchsd.x import y`"
+    module = node.module or ""
+    below = HOUSE.parent / module.replace(".", "/")
+    names = [alias.name for alias in node.names]
+    found = [name for name in names if (below / name).is_dir() or (below / f"{name}.py").is_file()]
+    return [f"{module}.{name}" for name in found] + [module] * (len(found) < len(names))
+
+
+def for_types_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def statements(tree: ast.AST, top: bool = True) -> Iterator[tuple[ast.AST, bool]]:
+    """Every node with whether it runs when the file is imported."""
+    for node in ast.iter_child_nodes(tree):
+        yield node, top
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or for_types_only(node)
+        yield from statements(node, top and not inside)
+
+
+def imports() -> list[Import]:
+    return [
+        Import(path.relative_to(HOUSE).as_posix(), room_of(path), module, top)
+        for path in files()
+        for node, top in statements(ast.parse(path.read_text()))
+        for module in modules(node)
+    ]
+
+
+IMPORTS = imports()
+
+
+def words(rules: dict[str, str], name: str) -> set[str]:
+    return set(rules[name].split())
+
+
+def test_the_reader_sees_what_python_does():
+    seen = {(i.room, i.module, i.at_the_top) for i in IMPORTS}
+    assert ("plugins", "batchsd.hookspecs", True) in seen  # from batchsd import hookspecs
+    assert ("defaults", "batchsd", True) in seen  # from batchsd import hookimpl
+    assert ("defaults", "batchsd.diffusion.builtin", False) in seen  # inside a function
+    assert ("__init__", "batchsd.diffusion.scheduler", False) in seen  # for types only
+    assert ("engine", "torch", True) in seen
+
+
+def test_every_room_has_its_line():
+    assert {room_of(path) for path in files()} == set(MAY_IMPORT)
+
+
+def test_the_table_goes_downwards_only():
+    order = list(MAY_IMPORT)
+    up = [
+        f"{room} -> {below}"
+        for room in order
+        for below in words(MAY_IMPORT, room)
+        if room != "__init__" and order.index(below) <= order.index(room)
+    ]
+    assert up == []
+
+
+def test_who_imports_whom():
+    allowed = {room: words(MAY_IMPORT, room) | {room, "types", "__init__"} for room in MAY_IMPORT}
+    wrong = [str(i) for i in IMPORTS if i.package == "batchsd" and i.target not in allowed.get(i.room, ())]
+    assert wrong == []
+
+
+def test_no_line_of_the_table_is_stale():
+    used = {(i.room, i.target) for i in IMPORTS if i.package == "batchsd"}
+    stale = [
+        f"{room} -> {x}" for room in MAY_IMPORT for x in words(MAY_IMPORT, room) if (room, x) not in used
+    ]
+    assert stale == []
+
+
+@pytest.mark.parametrize("package", DOORS)
+def test_one_door_for_each_foreign_thing(package):
+    assert [str(i) for i in IMPORTS if i.package == package and i.room not in words(DOORS, package)] == []
+
+
+@pytest.mark.parametrize("package", AT_THE_TOP)
+def test_slow_packages_are_imported_where_they_are_needed(package):
+    rooms = words(AT_THE_TOP, package)
+    assert [str(i) for i in IMPORTS if i.package == package and i.at_the_top and i.room not in rooms] == []
+
+
+@pytest.mark.parametrize("room", ONLY)
+def test_rooms_that_import_little(room):
+    import sys
+
+    known = words(ONLY, room) | sys.stdlib_module_names | {"batchsd"}
+    assert [str(i) for i in IMPORTS if i.room == room and i.package not in known] == []
+
+
+def test_only_the_command_line_prints():
+    wrong = []
+    for path in files():
+        for node, _ in statements(ast.parse(path.read_text())):
+            printed = isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "print",
+                "sys.stdout.write",
+                "sys.stderr.write",
+            )
+            if printed and room_of(path) not in PRINTERS.split():
+                wrong.append(f"{path.relative_to(HOUSE)}:{node.lineno}")
+    assert wrong == []
+
+
+def test_files_are_short():
+    lengths = {path.relative_to(HOUSE).as_posix(): len(path.read_text().splitlines()) for path in files()}
+    assert {name: lines for name, lines in lengths.items() if lines >= LONGEST} == {}
