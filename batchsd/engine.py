@@ -233,7 +233,7 @@ class _Flow:
             if size not in self.lanes:
                 settings = self.engine.settings
                 self.lanes[size] = Lanes(self.engine.model, size, settings.lanes, settings.guidance_rescale)
-            lanes, taken = self.lanes[size], []
+            lanes, taken = self.lanes[size], list[Row]()
             free = lanes.capacity - sum(row.lanes for row in lanes.rows)
             while rows and (rows[0].lanes <= free or not (lanes.rows or taken)):
                 free -= rows[0].lanes

@@ -96,8 +96,11 @@ class Lanes:
 
     def _guided(self, lines: Lines) -> Tensor:
         """The network's outputs, weighted and summed a row: (R, C, H, W) in float32."""
-        places, row_of_lane, contexts, extras = [], [], [], []
-        weights_RB = []
+        places: list[list[int]] = []
+        weights_RB: list[list[float]] = []
+        row_of_lane: list[int] = []
+        contexts: list[Tensor] = []
+        extras: list[Tensor] = []
         for i, row in enumerate(self.rows):
             weights = list(row.conditioning.weights(float(row.program.call_sigma[row.position])))
             used = [b for b, weight in enumerate(weights) if weight != 0]
@@ -106,9 +109,10 @@ class Lanes:
             weights_RB.append(weights)
             row_of_lane += [i] * len(used)
             contexts += [row.contexts[b] for b in used]
-            extras += [row.conditioning.branches[b].channels_CHW for b in used]
+            channels = [row.conditioning.branches[b].channels_CHW for b in used]
+            extras += [each for each in channels if each is not None]
         x_LCHW = (along(lines.in_scale, self.x_RCHW) * self.x_RCHW)[row_of_lane]
-        if extras[0] is not None:
+        if extras:
             x_LCHW = torch.cat([x_LCHW, torch.stack(extras).to(x_LCHW)], dim=1)
         out_LCHW = self.model.unet(
             x_LCHW.to(self.model.dtype, memory_format=torch.channels_last),

@@ -58,11 +58,11 @@ def lanes(
     seconds: float = 0.0,
     record: Callable[[Request], Record] = draw,
 ) -> Iterator[tuple[Shard, Record]]:
-    """An engine that keeps `width` rows in flight, also across shards, and finishes the newest first."""
+    """An engine that keeps `width` rows in flight, also across shards, and finishes newest and oldest in turn."""
     stream = iter(sources)
     held: list[tuple[Shard, Request]] = []
     reading: tuple[Shard, Iterator[Request]] | None = None
-    more = True
+    more, turn = True, 0
     while more or reading or held:
         while len(held) < width and (reading or more):
             if reading is None:
@@ -80,7 +80,8 @@ def lanes(
                 held.append((reading[0], request))
         if held:
             time.sleep(seconds)
-            shard, request = held.pop()
+            shard, request = held.pop(0 if turn % 2 else -1)
+            turn += 1
             yield shard, record(request)
 
 

@@ -114,7 +114,7 @@ def final_order(levels: Levels, i: int, order: int, lower: bool, euler: bool = F
 
 
 def ends_walk(here: Level, there: Level) -> bool:
-    """Whether a step ends clean or goes nowhere (Karras down to sigma_min ends there already): order 1 at most."""
+    """Whether a step ends clean or goes nowhere (Karras to sigma_min is there already): order 1 at most."""
     return there.sigma == 0 or there.log_snr - here.log_snr < 1e-9
 
 

@@ -1,9 +1,9 @@
 """From a sampler's function to its table: run once on symbols, and read the numbers off.
 
-A symbol is a vector of coefficients over {x, h_0, h_1, ..., n_0, n_1, ...}: the start, the network's estimates
-and the noises, in order of appearance. The point where call i + 1 asks the network, less what the last
-estimates and the noise just drawn account for, must be a multiple of the point of call i (or a mix of that
-and the point before): then the function is a `Program`, else it is refused with the reason.
+A symbol is a vector of coefficients over {x, h_0, h_1, ..., n_0, n_1, ...}: the start, the network's
+estimates and the noises, in order of appearance. The point where call i + 1 asks the network, less what the
+last estimates and the noise just drawn account for, must be a multiple of the point of call i (or a mix of
+that and the point before): then the function is a `Program`, else it is refused with the reason.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from batchsd.types import UsageError
 class TextEncoder:
     """A CLIP text model with its tokenizer. `length` is T, 77 for Stable Diffusion."""
 
-    model: nn.Module
+    model: Any
     tokenizer: Any
 
     @property
@@ -77,7 +77,8 @@ def load_text_encoder(folder: Path, dtype: torch.dtype, device: torch.device) ->
     positions = torch.arange(config.max_position_embeddings)[None]
     for name, _ in list(model.named_buffers()):  # they are in no file: one, the numbers of the positions
         model.get_submodule(name.rpartition(".")[0]).register_buffer("position_ids", positions, persistent=False)
-    return TextEncoder(model.to(device, dtype).eval().requires_grad_(False), tokenizer)
+    nn.Module.to(model, device, dtype)
+    return TextEncoder(model.eval().requires_grad_(False), tokenizer)
 
 
 def _known_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -139,8 +139,8 @@ def literature_blocks(unet: UNet) -> tuple[int, int, int]:
     There conv_in is the first block of the encoder and each downsampling convolution is one of its own, while an
     upsampling convolution belongs to the decoder block before it. SD 1.x and 2.x: 12, 1, 12.
     """
-    down = 1 + sum(len(block.resnets) + hasattr(block, "downsamplers") for block in unet.down_blocks)
-    return down, 1, sum(len(block.resnets) for block in unet.up_blocks)
+    layers, levels = unet.config.layers, len(unet.config.channels)
+    return 1 + sum(layers) + levels - 1, 1, sum(layers) + levels
 
 
 def _resnet(config: UNetConfig, c_in: int, c_out: int) -> ResnetBlock2D:

@@ -57,7 +57,8 @@ def train(
     )
     average = {name: value.detach().clone() for name, value in module.state_dict().items()}
     step = _resume(state_file, module, optimiser, average)
-    began, seen, figures = time.monotonic(), step, {}
+    began, seen = time.monotonic(), step
+    figures: Mapping[str, float] = {}
     module.train()
     while step < how.steps:
         for group in optimiser.param_groups:

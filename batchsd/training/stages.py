@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from batchsd.diffusion.schedule import NoiseSchedule
+from batchsd.model.checkpoint import place
 from batchsd.model.config import UNetConfig, VAEConfig
 from batchsd.model.text import TextEncoder
 from batchsd.model.unet import UNet
@@ -36,7 +37,9 @@ def autoencoder(config: TrainingConfig, pictures: Pictures, log: Log) -> Autoenc
     how = config.autoencoder
     shape = VAEConfig(3, 3, how.latent_channels, how.channels, how.layers, how.groups)
     torch.manual_seed(how.seed)
-    vae = AutoencoderKL(shape).to(memory_format=torch.channels_last)  # 1.3x faster on a CPU
+    vae = AutoencoderKL(shape)
+    place(vae, torch.device("cpu"), torch.float32)
+    vae.requires_grad_(True)
     done = config.work / "autoencoder.pt"
     if not done.exists():
         loss = reconstruction_loss(vae, pictures, how.batch_size)

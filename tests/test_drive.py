@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import draw, expected, lanes, plan_of, published, run_all, shards_of
+
+from batchsd.drive import Drive, Stop, Stopped, TooManyFailed
+from batchsd.ledger import Ledger, Tally
+from batchsd.store import LocalStore
+from batchsd.types import InfrastructureError, Progress, Record, Request, Shard
+
+SHARDS = shards_of(8, 4)
+
+
+def driver(root: Path, workers: int, shards: list[Shard] = SHARDS) -> Drive:
+    ledger = Ledger(LocalStore(root))
+    plan = ledger.begin(plan_of(shards))
+    return Drive(ledger, plan, Tally(), shards, workers, 0, lambda at: None, Stop(1), lambda text: None)
+
+
+def take_all(drive: Drive, worker: int) -> list[int]:
+    taken = []
+    while ticket := drive.take(worker):
+        taken.append(ticket.shard.index)
+    return taken
+
+
+def test_neighbours_go_to_one_worker_and_nothing_is_left_or_given_twice(tmp_path: Path) -> None:
+    drive = driver(tmp_path, workers=3)
+    first = [[t.shard.index for t in (drive.take(w), drive.take(w)) if t] for w in range(3)]
+    assert first == [[0, 1], [3, 4], [6, 7]]
+    assert take_all(drive, 2) == [2, 5], "an idle worker takes from the end of the others' runs"
+    assert take_all(drive, 0) == take_all(drive, 1) == []
+    assert not drive.over, "tickets are still out"
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5, 8, 20])
+def test_every_shard_is_given_once_whoever_asks(tmp_path: Path, workers: int) -> None:
+    drive = driver(tmp_path, workers)
+    given = Counter(index for worker in reversed(range(workers)) for index in take_all(drive, worker))
+    assert given == Counter(range(8))
+
+
+def test_a_lost_worker_gives_its_tickets_back_under_new_nonces(tmp_path: Path) -> None:
+    drive = driver(tmp_path, workers=1)
+    before = [drive.take(0), drive.take(0)]
+    drive.lost(0, "killed", "")
+    after = [drive.take(0), drive.take(0)]
+    assert [t.shard for t in before if t] == [t.shard for t in after if t] == SHARDS[:2]
+    assert not {t.nonce for t in before if t} & {t.nonce for t in after if t}
+
+
+def test_only_shards_that_were_begun_are_blamed(tmp_path: Path) -> None:
+    drive = driver(tmp_path, workers=1)
+    for _ in range(2):
+        drive.take(0), drive.take(0)
+        drive.handle(0, Progress(SHARDS[0], 1, 0, ("row1", "row2")))
+        drive.lost(0, "killed", "")
+    drive.take(0), drive.take(0)
+    drive.handle(0, Progress(SHARDS[1], 1, 0, ("row5",)))
+    drive.lost(0, "killed", "")  # the third death, but only the second shard's first
+    drive.take(0), drive.take(0)
+    drive.handle(0, Progress(SHARDS[0], 1, 0, ("row1", "row2")))
+    with pytest.raises(InfrastructureError, match=r"train-00000-of-00008 failed 3 times.*row1, row2"):
+        drive.lost(0, "killed", "")
+
+
+def test_progress_of_a_lost_attempt_is_taken_back(tmp_path: Path) -> None:
+    drive = driver(tmp_path, workers=1)
+    drive.take(0)
+    drive.handle(0, Progress(SHARDS[0], 2, 1))
+    assert (drive.snapshot().done, sum(drive.snapshot().failed.values())) == (3, 1)
+    drive.lost(0, "killed", "")
+    assert (drive.snapshot().done, sum(drive.snapshot().failed.values())) == (0, 0)
+
+
+def nan_at(*bad: int) -> Any:
+    def record(request: Request) -> Record:
+        return Record(request, "nan", "no number") if request.seed in bad else draw(request)
+
+    return partial(lanes, record=record)
+
+
+def test_too_many_failed_rows_end_the_run_and_keep_what_is_done(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    with pytest.raises(TooManyFailed, match=r"2 rows failed \(2 nan\), run.max_failed allows 1") as error:
+        run_all(store, SHARDS, nan_at(1, 9), max_failed=1)
+    assert error.value.exit_code == 1
+    done = Ledger(store).tally().done
+    assert 2 in done and 7 not in done
+    with pytest.raises(TooManyFailed):
+        run_all(store, SHARDS, max_failed=1)
+    run_all(store, SHARDS, max_failed=2)
+    assert [key for key, picture in published(tmp_path) if picture is None] == ["row1", "row9"]
+    assert json.loads((tmp_path / "__batchsd/SUCCESS.json").read_text())["failed"] == {"nan": 2}
+
+
+def stopping(stop: Stop, at_row: int, slow: float = 0.0) -> Any:
+    def record(request: Request) -> Record:
+        if request.seed == at_row:
+            stop.ask("SIGTERM", 75)
+        return draw(request)
+
+    return partial(lanes, record=record, seconds=slow)
+
+
+def test_a_stop_finishes_what_is_in_flight_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    store, stop = LocalStore(tmp_path), Stop(grace=60)
+    with pytest.raises(Stopped) as stopped:
+        run_all(store, SHARDS, stopping(stop, 9), stop=stop)
+    assert stopped.value.exit_code == 75
+    done = Ledger(store).tally().done
+    assert 2 in done and len(done) in (3, 4)
+    assert list((tmp_path / "__batchsd/staging").iterdir()) == []
+    assert json.loads((tmp_path / "__batchsd/status.json").read_text())["state"] == "stopped"
+    run_all(store, SHARDS)
+    assert published(tmp_path) == expected(SHARDS)
+
+
+def test_a_stop_waits_no_longer_than_its_grace(tmp_path: Path) -> None:
+    store, stop = LocalStore(tmp_path), Stop(grace=0)
+    with pytest.raises(Stopped):
+        run_all(store, SHARDS, stopping(stop, 9), stop=stop)
+    assert 2 not in Ledger(store).tally().done
+    run_all(store, SHARDS)
+    assert published(tmp_path) == expected(SHARDS)
+
+
+def test_a_stop_at_the_very_end_is_no_failure(tmp_path: Path) -> None:
+    store, stop = LocalStore(tmp_path), Stop(grace=60)
+    run_all(store, SHARDS, stopping(stop, 31), stop=stop)
+    assert (tmp_path / "__batchsd/SUCCESS.json").exists()

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batchsd.job import Job, load
+from batchsd.manifest import MAX_SHARDS
+from batchsd.prepare import auto_rows, first_rows, prepare
+from batchsd.types import Shard, UsageError
+
+
+def write_job(folder: Path, checkpoint: Path, rows: int = 20, *sets: str) -> Job:
+    prompts = {"prompt": [f"a red cube {i}" for i in range(rows)], "steps": [4] * rows}
+    pq.write_table(pa.table(prompts), folder / "prompts.parquet")
+    text = f'[input]\nmanifest = "prompts.parquet"\n[model]\npath = "{checkpoint}/"\n[output]\nuri = "out"\n'
+    (folder / "job.toml").write_text(text)
+    return load(folder / "job.toml", ["model.device=cpu", *sets], {})
+
+
+@pytest.mark.parametrize(("rows", "repeat", "files", "workers"), [(48, 1, 1, 2), (5, 1, 1, 1), (30, 4, 2, 8)])
+def test_small_jobs_keep_every_worker_busy(rows: int, repeat: int, files: int, workers: int) -> None:
+    a_shard = auto_rows(rows, repeat, files, workers)
+    shards = -(-rows * repeat // a_shard)
+    assert a_shard % repeat == 0
+    assert shards >= min(rows, 2 * workers)
+
+
+@pytest.mark.parametrize(("rows", "files"), [(10**7, 1), (10**9, 1), (10**9, 50_000), (10**8, 99_000)])
+def test_large_jobs_stay_within_five_digits(rows: int, files: int) -> None:
+    a_shard = auto_rows(rows, 3, files, 64)
+    sizes = [rows // files + (i < rows % files) for i in range(files)]
+    assert sum(-(-size // (a_shard // 3)) for size in sizes) <= MAX_SHARDS
+
+
+def test_a_limit_takes_the_first_rows_as_a_plan_of_their_own() -> None:
+    shards = [Shard(1, i, 3, 0, i * 10, 10) for i in range(3)]
+    assert first_rows(shards, 14) == [Shard(1, 0, 2, 0, 0, 10), Shard(1, 1, 2, 0, 10, 4)]
+    assert first_rows(shards, 10) == [Shard(1, 0, 1, 0, 0, 10)]
+    assert first_rows(shards, 1000) == first_rows(shards, None) == shards
+
+
+def test_the_plan_depends_on_pixels_not_on_where_or_how_it_runs(tmp_path: Path, checkpoint: Path) -> None:
+    def plan_hash(*sets: str, workers: int = 1) -> str:
+        job = write_job(tmp_path, checkpoint, 20, "output.rows_per_shard=5", *sets)
+        return prepare(job, workers, gpu=False).plan.hash
+
+    same = plan_hash()
+    assert plan_hash("run.batch_size=4", "ray.workers=2", "run.max_failed=3", workers=2) == same
+    (tmp_path / "elsewhere").symlink_to(checkpoint)
+    assert plan_hash(f"model.path={tmp_path}/elsewhere") == same
+    changed = ["sampler.eta=0.5", "run.seed=1", "model.dtype=bfloat16", "input.repeat=2", "sampler.steps=9"]
+    assert len({same, *(plan_hash(setting) for setting in changed)}) == 1 + len(changed)
+
+
+def test_auto_rows_a_shard_stay_as_they_were_planned(tmp_path: Path, checkpoint: Path) -> None:
+    job = write_job(tmp_path, checkpoint)
+    first = prepare(job, workers=1, gpu=False)
+    first.ledger.begin(first.plan)
+    again = prepare(job, workers=4, gpu=False)
+    assert again.plan.hash == first.plan.hash and again.shards == first.shards
+    assert prepare(job, workers=4, gpu=False, limit=8).plan.shards == 8
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("sampler.scheduler=eulr", "sampler.scheduler: 'eulr' is unknown.*did you mean 'euler'"),
+        ("conditioning.task=txt", "conditioning.task: 'txt' is unknown"),
+        ("output.sink=parkett", "output.sink: 'parkett' is unknown.*parquet"),
+        ("model.path=tiny-scene", "model.path: 'tiny-scene' does not ship"),
+        ("input.manifest=nothing.parquet", "input.manifest: .*nothing.parquet: no such file"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_loads(
+    tmp_path: Path, checkpoint: Path, setting: str, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        prepare(write_job(tmp_path, checkpoint, 20, setting), 1, gpu=False)
+
+
+def test_strict_refuses_bad_rows_up_front(tmp_path: Path, checkpoint: Path) -> None:
+    job = write_job(tmp_path, checkpoint, 4, "run.strict=true")
+    pq.write_table(pa.table({"prompt": ["a", None, "b"], "steps": [4, 4, 0]}), tmp_path / "prompts.parquet")
+    with pytest.raises(UsageError, match="(?s)row prompts.parquet:1: prompt.*row prompts.parquet:2: steps"):
+        prepare(job, 1, gpu=False)
+
+
+def test_changed_soft_facts_are_said(tmp_path: Path, checkpoint: Path) -> None:
+    first = prepare(write_job(tmp_path, checkpoint), 1, gpu=False)
+    assert first.warnings == ()
+    first.ledger.begin(first.plan)
+    again = prepare(write_job(tmp_path, checkpoint, 20, "run.batch_size=4"), 1, gpu=False)
+    assert again.warnings == ("batch_size was auto when this run began, now 4",)
+
+
+@pytest.mark.parametrize(("setting", "rows"), [("run.max_failed=3", 3), ("run.max_failed=0.25", 5.0)])
+def test_max_failed_is_a_count_or_a_share(tmp_path: Path, checkpoint: Path, setting: str, rows: float) -> None:
+    assert prepare(write_job(tmp_path, checkpoint, 20, setting), 1, gpu=False).max_failed == rows
