@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ class Settings:
     decode_batch: int = 8
     encode_threads: int = 2
     guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, ...] = ()
     scheduler_options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -100,6 +101,8 @@ class Engine:
             conditioning = self.tasks[request.task](request, self.model, generator)
             self._check_channels(request, conditioning)
             program = self.program(request.scheduler, request.steps, conditioning.begin)
+            if self.settings.guidance_interval:
+                conditioning = within(conditioning, self.settings.guidance_interval)
         except RowError:
             raise
         except UsageError as error:
@@ -149,6 +152,17 @@ class Engine:
         pixels = (pictures_B3HW.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
         self.meter.vae_s += time.perf_counter() - began
         return pixels
+
+
+def within(conditioning: Conditioning, interval: Sequence[float]) -> Conditioning:
+    """Guidance only where low < sigma <= high; elsewhere the last branch, which has every condition, alone.
+
+    From Kynkaanniemi et al., 2024; sigma is k-diffusion's.
+    """
+    low, high = interval
+    alone = (0.0,) * (len(conditioning.branches) - 1) + (1.0,)
+    guided = conditioning.weights
+    return replace(conditioning, weights=lambda sigma: guided(sigma) if low < sigma <= high else alone)
 
 
 class _Flow:

@@ -198,10 +198,9 @@ def auto_rows(rows: int, repeat: int, files: int, workers: int) -> int:
 
     `rows` are manifest rows; the result is a multiple of `repeat`, and large enough for five-digit numbers.
     """
-    pictures = rows * repeat
-    wanted = min(SHARD_ROWS, -(-pictures // (2 * workers)))
-    least = -(-pictures // max(1, MAX_SHARDS - files))  # each file may end with a shorter shard
-    return -(-max(1, wanted, least) // repeat) * repeat
+    wanted = min(SHARD_ROWS, rows * repeat // (2 * workers)) // repeat
+    least = -(-rows // max(1, MAX_SHARDS - files))  # each file may end with a shorter shard
+    return max(1, wanted, least) * repeat
 
 
 def first_rows(shards: list[Shard], limit: int | None) -> list[Shard]:

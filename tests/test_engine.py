@@ -163,6 +163,35 @@ def test_failed_rows_are_rows_and_harm_nobody(checkpoint: Path) -> None:
     assert np.abs(pixels(found["r5"]) - pixels(draw(engine, [rows[5]])["r5"])).max() <= 1
 
 
+def test_guidance_interval(checkpoint: Path) -> None:
+    """Around all sigmas it changes nothing, around none it is guidance off, else it is neither."""
+    drawn = {}
+    for interval in ((), (0, 1e9), (1e8, 1e9), (1.0, 5.0)):
+        engine = new_engine(checkpoint, guidance_interval=interval)
+        drawn[interval] = pixels(draw(engine, [request(0, guidance_scale=7.0)])["r0"])
+    off = pixels(draw(new_engine(checkpoint), [request(0, guidance_scale=1.0)])["r0"])
+    assert np.abs(drawn[()] - drawn[0, 1e9]).max() <= 1
+    assert np.abs(off - drawn[1e8, 1e9]).max() <= 1
+    assert np.abs(drawn[()] - off).max() > 3
+    assert min(np.abs(drawn[1.0, 5.0] - other).max() for other in (off, drawn[()])) > 1
+
+
+def test_guidance_rescale_equals_diffusers(checkpoint: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        "a red cube", guidance_scale=7.0, guidance_rescale=0.7, num_inference_steps=5, output_type="np",
+        generator=torch.Generator().manual_seed(100),
+    ).images[0]  # fmt: skip
+    rows = [request(0, guidance_scale=7.0), request(1, guidance_scale=1.0)]
+    ours = pixels(draw(new_engine(checkpoint, guidance_rescale=0.7), rows)["r0"])
+    assert np.abs(ours - theirs * 255).max() <= 1
+    plain = pixels(draw(new_engine(checkpoint), rows)["r0"])
+    assert np.abs(ours - plain).max() > 1
+
+
 def test_numbers_that_are_not_finite_are_that_rows_failure(checkpoint: Path) -> None:
     class Broken(TextTask):
         def __call__(self, request: Request, *rest: object) -> Conditioning:

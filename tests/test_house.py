@@ -22,14 +22,18 @@ LONGEST = 330  # lines; a longer file is two files
 MAY_IMPORT = {
     # the command line
     "__main__": "cli",
-    "cli": "contact drive job ledger manifest place plugins prepare progress reader status store",
+    "cli": "drive job ledger manifest place plugins prepare progress reader status store summary",
+    "summary": "contact ledger prepare progress",
     "status": "ledger store",
     "contact": "columns",
     "place": "cluster job prepare run",
-    "cluster": "run",
-    "drive": "ledger progress run",
-    "prepare": "columns diffusion encode engine job ledger manifest model plugin_source plugins reader rows "
-    "run store",
+    "cluster": "actor run",
+    "actor": "run",
+    "drive": "ledger plan progress run",
+    "prepare": "columns diffusion encode engine job ledger manifest model plan plugin_source plugins reader "
+    "rows run store",
+    # the trainer, which draws with what it has trained
+    "training": "diffusion engine model tasks",
     # the worker
     "run": "ledger order store",
     "engine": "diffusion lanes model",
@@ -44,23 +48,24 @@ MAY_IMPORT = {
     "tasks": "",
     "sinks": "columns",
     # input, output and the ledger
-    "reader": "find job manifest rows",
+    "reader": "columns find job manifest rows",
     "manifest": "columns find job job_errors rows",
     "rows": "job job_errors settings",
     "columns": "job job_errors redact",
     "find": "redact",
-    "ledger": "store",
+    "ledger": "plan store",
+    "plan": "",
     "store": "",
     "progress": "",
     "encode": "",
     # the job
+    "unbuilt": "job",
     "job": "job_errors job_sources redact settings",
     "settings": "",
     "job_errors": "job_sources redact",
     "job_sources": "",
     "redact": "",
     # the mathematics, which know nothing of all that
-    "training": "diffusion model",
     "model": "",
     "diffusion": "",
     # the vocabulary
@@ -100,7 +105,7 @@ PRINTERS = "cli training"
 
 @dataclass(frozen=True)
 class Import:
-    """One import: its file, the room of that file, the whole module name, and whether it stands at the top."""
+    """One import: its file, that file's room, the whole module name, and whether it stands at the top."""
 
     file: str
     room: str

@@ -67,7 +67,7 @@ def test_auto_rows_a_shard_stay_as_they_were_planned(tmp_path: Path, checkpoint:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("sampler.scheduler=eulr", "sampler.scheduler: 'eulr' is unknown.*did you mean 'euler'"),
+        ("sampler.scheduler=eulr", "sampler.scheduler: 'eulr' is unknown.*euler"),
         ("conditioning.task=txt", "conditioning.task: 'txt' is unknown"),
         ("output.sink=parkett", "output.sink: 'parkett' is unknown.*parquet"),
         ("model.path=tiny-scene", "model.path: 'tiny-scene' does not ship"),

@@ -36,12 +36,19 @@ SIGMA_FLAGS = {
 }
 """Flags of scheduler_config.json and the value of the option `sigmas` that each stands for."""
 
-NOT_BUILT = {
-    "thresholding": "dynamic thresholding is not linear in the latent",
-    "use_flow_sigmas": "flow matching is another process than this one",
-    "use_dynamic_shifting": "flow matching is another process than this one",
+NOT_BUILT: Mapping[tuple[str, Any], str] = {
+    ("thresholding", True): "dynamic thresholding is not linear in the latent",
+    ("use_flow_sigmas", True): "flow matching is another process than this one",
+    ("use_dynamic_shifting", True): "flow matching is another process than this one",
+    ("use_lu_lambdas", True): "not built; sigmas = 'exponential' takes the same steps",
+    ("timestep_type", "continuous"): "not built",
+    ("interpolation_type", "log_linear"): "not built",
+    ("predict_x0", False): "UniPC on eps is not built",
 }
-"""Settings of scheduler_config.json that would change pictures and that no table here does."""
+"""Settings of scheduler_config.json that would change pictures and that no table here does.
+
+`clip_sample` is not among them: diffusers' Stable Diffusion pipelines turn it off, and so do we.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +99,9 @@ class Scheduler:
                 raise UsageError(
                     f"sampler.{name}: scheduler {self.name!r} has no such option; have {', '.join(known)}"
                 )
-        for key, reason in NOT_BUILT.items():
-            if schedule.config.get(key):
-                raise UsageError(f"scheduler_config.json: {key}: {reason}; set it to false")
+        for (key, value), reason in NOT_BUILT.items():
+            if schedule.config.get(key) == value:
+                raise UsageError(f"scheduler_config.json: {key}: {value!r}: {reason}; take this setting out")
         read = {k: v for k, v in config_options(schedule.config).items() if k in known}
         return {**known, **read, **self.preset, **given}
 

@@ -1,7 +1,8 @@
 """A scheduler's contract, on vectors of a few numbers: for Gaussian data the perfect network is known.
 
     data ~ N(m, s^2),  x = alpha x_0 + sigma eps,  v = alpha^2 s^2 + sigma^2 (the variance of x)
-    =>  E[x_0 | x] = m + alpha s^2 / v * (x - alpha m),   and a distilled one:  m + s / sqrt(v) * (x - alpha m)
+    trained:    E[x_0 | x] = m + alpha s^2 / v * (x - alpha m)
+    distilled:  end of x's path = m + s / sqrt(v) * (x - alpha m)
 
 Everything is linear, so the mean and variance that a walk ends with are read off exactly, without sampling.
 """
@@ -44,7 +45,7 @@ def posterior_mean(x: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
 
 
 def consistency(x: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
-    """What a perfectly distilled network (LCM, TCD) takes for it: the end of the noise-free path through x."""
+    """What a perfectly distilled network (LCM's) takes for it: the end of the noise-free path through x."""
     return MEAN + STD / math.hypot(alpha * STD, sigma) * (x - alpha * MEAN)
 
 

@@ -42,7 +42,9 @@ def draws(dtype: torch.dtype = torch.float32) -> tuple[torch.Generator, Draw]:
     return generator, lambda: torch.randn(SHAPE, generator=generator).to(dtype)
 
 
-def by_diffusers(name: str, config: dict, steps: int, begin: int = 0, eta: float | None = None) -> torch.Tensor:
+def by_diffusers(
+    name: str, config: dict, steps: int, begin: int = 0, eta: float | None = None
+) -> torch.Tensor:
     """The final latents of diffusers' own loop, as its pipelines run it; image to image if `begin`."""
     scheduler = getattr(diffusers, name).from_config(config)
     scheduler.set_timesteps(steps)

@@ -114,7 +114,10 @@ def test_timestep_of_undoes_log_interpolated_sigmas(t):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"prediction_type": "flow_prediction"}, "prediction_type: 'flow_prediction' is unknown; have epsilon"),
+        (
+            {"prediction_type": "flow_prediction"},
+            "prediction_type: 'flow_prediction' is unknown; have epsilon",
+        ),
         ({"beta_schedule": "exp"}, "beta_schedule: 'exp' is unknown; have scaled_linear"),
     ],
 )

@@ -13,8 +13,8 @@ from batchsd.diffusion.schedule import NoiseSchedule
 from batchsd.diffusion.scheduler import Scheduler
 from batchsd.testing import check_scheduler, consistency, posterior_mean
 
-# Samplers of distilled models have a grid of 50 steps. LCM's network jumps to the path's end; TCD jumps part of
-# the way and adds noise again, which in 50 steps costs it a tenth of the deviation.
+# Samplers of distilled models have a grid of 50 steps. LCM's network jumps to the path's end; TCD jumps part
+# of the way and adds noise again, which in 50 steps costs it a tenth of the deviation.
 DISTILLED = {"lcm": {"clean": consistency, "steps": 50}, "tcd": {"steps": 50, "tolerance": 0.15}}
 
 
@@ -56,7 +56,7 @@ def test_the_perfect_network_is_the_posterior_mean(prediction_type):
 
 
 def test_consistency_is_the_end_of_the_noise_free_path():
-    """Karras et al., 2022, eq. 1 for sigma(t) = t, dx/dsigma = (x - E[x_0 | x]) / sigma, in 20,000 Euler steps."""
+    """Karras et al., 2022, eq. 1: dx/dsigma = (x - E[x_0 | x]) / sigma, followed in 20,000 Euler steps."""
     alpha, sigma = 0.6, 0.8
     x, ratios = 0.9 / alpha, np.linspace(sigma / alpha, 1e-4, 20_001)
     for here, there in zip(ratios, ratios[1:], strict=False):

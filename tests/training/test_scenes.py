@@ -47,7 +47,7 @@ HEIGHT = {"sphere": 1, "cube": 0.76, "cylinder": 0.9, "cone": 1.15}
 def test_bodies_lie_inside_the_frame_and_are_seen(drawn):
     for scene, picture in drawn:
         for i, body in enumerate(scene.bodies):
-            assert (picture.masks == i + 1).sum() >= 45, body  # even a small cone behind a large cube
+            assert (picture.masks == i + 1).sum() >= 120, body  # even a small cone behind a large cube
             for across, up in product((-1, 1), (0, 1)):
                 half = OUTLINE[body.shape][up] * body.width
                 height = up * HEIGHT[body.shape] * body.width

@@ -1,0 +1,199 @@
+"""The protocol on real Ray actors, with the fakes of `fakes.py` in them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import fakes
+import pytest
+from fakes import draw, expected, lanes, published, run_all, shards_of, workbench
+
+from batchsd import plugins
+from batchsd.actor import Outbox
+from batchsd.cluster import Cluster, RayActors
+from batchsd.ledger import Ledger
+from batchsd.run import Dispatcher, Executor, Source, Workbench
+from batchsd.store import LocalStore
+from batchsd.types import Event, InfrastructureError, Progress, Record, Request, Shard, ShardResult, UsageError
+
+SHARDS = shards_of(4, 6)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    import ray.cloudpickle
+
+    # The actors cannot import test files: these travel as code.
+    for module in (fakes, sys.modules[__name__]):
+        ray.cloudpickle.register_pickle_by_value(module)
+    ours = Cluster("local", 2)
+    assert ours.resources()["CPU"] == 2
+    yield ours
+    ours.close()
+
+
+def actors(build: Callable[[], Workbench], workers: int = 2) -> RayActors:
+    return RayActors(build, workers, {"num_cpus": 1, "num_gpus": 0}, 1, lambda text: None)
+
+
+def signing(pids: Path, sources: Iterable[Source | None]) -> Iterator[tuple[Shard, Record]]:
+    """Slow enough to be killed; writes down who draws which shard."""
+    for shard, record in lanes(sources, width=2, seconds=0.1):
+        (pids / str(shard.index)).write_text(str(os.getpid()))
+        yield shard, record
+
+
+class Killer:
+    """Passes a dispatcher's calls on, and kills the worker at the second row that it reports of one shard."""
+
+    def __init__(self, dispatcher: Dispatcher, pids: Path, shard: int) -> None:
+        self._inner, self._pids, self._shard = dispatcher, pids, shard
+        self._events = 0
+        self.killed = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def handle(self, worker: int, event: Event) -> None:
+        self._inner.handle(worker, event)
+        if event.shard.index != self._shard or not isinstance(event, Progress) or not event.ok:
+            return
+        self._events += 1
+        if self._events == 2:
+            os.kill(int((self._pids / str(self._shard)).read_text()), signal.SIGKILL)
+            self.killed = True
+
+
+class WithKiller:
+    def __init__(self, inner: Executor, pids: Path, shard: int) -> None:
+        self.workers = inner.workers
+        self._inner, self._pids, self._shard = inner, pids, shard
+
+    def run(self, dispatcher: Dispatcher) -> None:
+        killer = Killer(dispatcher, self._pids, self._shard)
+        self._inner.run(killer)
+        assert killer.killed
+
+
+def test_an_actor_killed_in_a_shard(cluster: Cluster, tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    store = LocalStore(tmp_path / "run")
+    said: list[str] = []
+    executor = WithKiller(actors(partial(workbench, store, partial(signing, pids))), pids, shard=1)
+    run_all(store, SHARDS, executor=executor, log=said.append)
+    assert published(tmp_path / "run") == expected(SHARDS)
+    attempts = {marker.shard: marker.attempt for marker in Ledger(store).markers()}
+    assert attempts[1] == 2 and attempts[2] == attempts[3] == 1
+    assert len({(pids / str(i)).read_text() for i in range(4)}) >= 2, "one actor did all"
+    (line,) = [text for text in said if "train-00001-of-00004" in text]
+    assert "the worker's process was killed or crashed" in line
+
+
+def dies_at(key: str, sources: Iterable[Source | None]) -> Iterator[tuple[Shard, Record]]:
+    def record(request: Request) -> Record:
+        if request.key == key:
+            time.sleep(0.3)  # a real network call takes as long: what was announced has left by then
+            os.kill(os.getpid(), signal.SIGKILL)
+        return draw(request)
+
+    return lanes(sources, width=1, record=record)
+
+
+def test_a_row_that_kills_its_process_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    with pytest.raises(InfrastructureError, match=r"train-00002-of-00004 failed 3 times.*in flight: row13\)"):
+        run_all(store, SHARDS, executor=actors(partial(workbench, store, partial(dies_at, "row13")), 1))
+    assert Ledger(store).tally().done >= {0, 1}
+
+
+def refuses() -> Workbench:
+    raise UsageError("unet: 3 tensors unused, first 'time_embed.4.bias'")
+
+
+def crashes() -> Workbench:
+    os._exit(1)
+
+
+def test_a_users_error_in_an_actor_is_the_users(cluster: Cluster, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^unet: 3 tensors unused, first 'time_embed.4.bias'$"):
+        run_all(LocalStore(tmp_path), SHARDS, executor=actors(refuses, 1))
+
+
+def test_actors_that_cannot_start_end_the_run(cluster: Cluster, tmp_path: Path) -> None:
+    with pytest.raises(InfrastructureError, match="no worker can start, 3 tries: the worker's process was"):
+        run_all(LocalStore(tmp_path), SHARDS, executor=actors(crashes, 1))
+
+
+PLUGIN = """
+import batchsd
+from batchsd.types import Sink
+
+class Shouting:
+    def open(self, folder, name, schema):
+        return Writer(folder / f"{name}.txt")
+
+class Writer:
+    def __init__(self, path):
+        self.path, self.lines = path, []
+    def add(self, record):
+        self.lines.append(record.request.prompt.upper())
+    def close(self):
+        self.path.write_text("\\n".join(self.lines))
+
+@batchsd.hookimpl
+def register_sinks():
+    return {"shouting": Shouting()}
+"""
+
+
+def with_plugin(store: LocalStore, sources: tuple[Any, ...]) -> Workbench:
+    registry = plugins.build(sources, Path("/nowhere"))
+    return workbench(store, sink=registry.sinks["shouting"])  # type: ignore[arg-type]
+
+
+def test_a_one_file_plugin_travels_by_content(cluster: Cluster, tmp_path: Path) -> None:
+    file = tmp_path / "shouting.py"
+    file.write_text(PLUGIN)
+    sources = plugins.pack([str(file)], tmp_path)
+    file.unlink()
+    store = LocalStore(tmp_path / "run")
+    run_all(store, SHARDS, executor=actors(partial(with_plugin, store, sources)))
+    written = "\n".join(path.read_text() for path in sorted((tmp_path / "run/data").iterdir()))
+    assert written.split() == [key.upper() for key, _ in expected(SHARDS)]
+
+
+def test_a_cluster_that_does_not_answer_is_said() -> None:
+    def connect(**_: Any) -> None:
+        raise ConnectionError("no route to host")
+
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray, "init", connect)
+        with pytest.raises(InfrastructureError, match="'head:6379' does not start: ConnectionError: no route"):
+            Cluster("head:6379").resources()
+
+
+def test_waiting_progress_is_merged_and_nothing_is_lost() -> None:
+    outbox = Outbox()
+    one, two = SHARDS[:2]
+    for shard in (one, one, two, one):
+        outbox.put(Progress(shard, 1, 0, ("a",)))
+    outbox.put(Progress(one, 0, 1, ("b",)))
+    result = ShardResult(one, "n", 6, 6, {}, (), {}, {})
+    outbox.put(result)
+    outbox.end()
+    assert list(outbox) == [
+        Progress(one, 2, 0, ("a",)),
+        Progress(two, 1, 0, ("a",)),
+        Progress(one, 1, 1, ("b",)),
+        result,
+    ]
