@@ -142,9 +142,10 @@ def validate(job: str, sets: tuple[str, ...]) -> None:
     loaded = load_job(job, sets)
     registry = plugins.build(loaded.plugins, Path())
     check_registered(loaded, registry)
-    manifest = open_manifest(loaded)
+    names = names_of(registry)
+    manifest = open_manifest(loaded, names=names)
     bad = 0
-    for key, what in scan(manifest, loaded, names_of(registry)):
+    for key, what in scan(manifest, loaded, names):
         bad += 1
         if bad <= 20:
             click.echo(f"{key}: {what}")
@@ -262,7 +263,8 @@ def signals(stop: Stop) -> Iterator[None]:
         if stop.asked:
             raise SystemExit(code)
         stop.ask(name, code)
-        say(f"{name}: stopping after the shards in flight, {stop.grace:g} s at most (again: at once)")
+        text = f"{name}: stopping after the shards in flight, {stop.grace:g} s at most (again: at once)\n"
+        os.write(sys.stderr.fileno(), text.encode())  # print itself may have been interrupted
 
     before = {number: signal.signal(number, handle) for number in codes}
     try:

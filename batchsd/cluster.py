@@ -65,6 +65,9 @@ class Cluster:
     def _hold(self) -> None:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its future default; else it warns
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault(
+            "RAY_worker_niceness", "0"
+        )  # of a private Ray; its 15 starves us on a busy machine
         private: dict[str, Any] = {}
         if self.address == "local":
             private = {

@@ -133,4 +133,6 @@ def _join(texts: list[str]) -> str:
 
 
 def _short(text: str) -> str:
+    # JSON leaves some line breaks (U+0085, U+2028) as they are, and a message is one line.
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -224,8 +224,8 @@ class Ledger:
             for file in marker.files:
                 if published.get(file.name) != file.bytes:
                     raise UsageError(
-                        f"{self.store.uri}/{DATA}/{file.name} was complete and is now missing or changed: put it "
-                        f"back, or delete {self.folder}/{marker.shard:05d}.json and run again to redraw it"
+                        f"{self.store.uri}/{DATA}/{file.name} was complete, and is missing or changed: put "
+                        f"it back, or delete {self.folder}/{marker.shard:05d}.json and run again to redraw it"
                     )
         self.store.remove(staging)
 

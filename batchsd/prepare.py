@@ -27,6 +27,7 @@ from batchsd.rows import Names, row_hasher
 from batchsd.run import Workbench
 from batchsd.store import open_store
 from batchsd.types import Shard, UsageError
+from batchsd.unbuilt import refuse_unbuilt
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -116,7 +117,7 @@ def prepare(job: Job, workers: int, gpu: bool, limit: int | None = None) -> Prep
     standing = ledger.plan()
     files = standing.files if standing else ()
     known = {(f["name"], f["size"], f["mtime_ns"]): f["sha256"] for f in files}
-    manifest = open_manifest(job, known)
+    manifest = open_manifest(job, known, names_of(registry))
     if job.run.strict:
         refuse_bad_rows(scan(manifest, job, names_of(registry)))
     rows_per_shard = job.output.rows_per_shard
@@ -160,7 +161,8 @@ def output_uri(job: Job, limit: int | None) -> str:
 
 
 def check_registered(job: Job, registry: Registry) -> None:
-    """Refuse a scheduler, task or sink that nobody brings."""
+    """Refuse a scheduler, task or sink that nobody brings, and settings that nothing acts on yet."""
+    refuse_unbuilt(job)
     names = names_of(registry)
     check_names(job, "sampler.scheduler", names.schedulers)
     check_names(job, "conditioning.task", names.tasks)
@@ -237,7 +239,8 @@ def engine_settings(job: Job) -> Any:
     options = {name: getattr(sampler, name) for name in ("spacing", "sigmas", "eta", "final_sigma")}
     settings = Settings(
         guidance_rescale=sampler.guidance_rescale,
-        scheduler_options={name: value for name, value in options.items() if value},
+        guidance_interval=sampler.guidance_interval,
+        scheduler_options={name: value for name, value in options.items() if value not in (None, "")},
     )
     return settings if job.run.batch_size == "auto" else replace(settings, lanes=job.run.batch_size)
 

@@ -72,7 +72,9 @@ class Sampler(Section):
         "align_your_steps",
         "align_your_steps_sdxl",
     ] = ""
-    eta: Annotated[float, Field(ge=0)] = 0.0
+    eta: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="noise of stochastic samplers; left out: each sampler's own"
+    )
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     guidance_interval: Annotated[tuple[float, ...], Field(strict=False)] = ()
     final_sigma: Literal["", "zero", "sigma_min"] = ""

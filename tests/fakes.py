@@ -58,7 +58,7 @@ def lanes(
     seconds: float = 0.0,
     record: Callable[[Request], Record] = draw,
 ) -> Iterator[tuple[Shard, Record]]:
-    """An engine that keeps `width` rows in flight, also across shards, and finishes newest and oldest in turn."""
+    """An engine that keeps `width` rows in flight, also across shards; newest and oldest finish in turn."""
     stream = iter(sources)
     held: list[tuple[Shard, Request]] = []
     reading: tuple[Shard, Iterator[Request]] | None = None

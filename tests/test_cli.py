@@ -47,16 +47,16 @@ def batchsd(monkeypatch: pytest.MonkeyPatch) -> Run:
     return run
 
 
-def test_run_makes_a_dataset_and_says_where(job: Path, batchsd: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_makes_a_dataset_and_says_where(
+    job: Path, batchsd: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     import datasets
 
     assert batchsd("run", "job.toml") == 0
     out = capsys.readouterr().out.strip().splitlines()
     assert len(out) == 1
     assert out[0].startswith("8 pictures, 0 failed in ")
-    assert out[0].endswith(
-        '-> out/run1 (load_dataset("out/run1")); contact sheet: out/run1/contact.png'
-    )
+    assert out[0].endswith('-> out/run1 (load_dataset("out/run1")); contact sheet: out/run1/contact.png')
     rows = datasets.load_dataset("out/run1", split="train", cache_dir="cache")
     assert rows["id"] == [f"row{i}" for i in range(8)]
     assert rows["mood"] == ["calm"] * 8 and rows["status"] == ["ok"] * 8
@@ -95,7 +95,9 @@ def test_plan_and_dry_run_write_nothing(job: Path, batchsd: Run, capsys: pytest.
     assert not Path("out").exists()
 
 
-def test_failed_rows_above_the_limit_end_in_1(job: Path, batchsd: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_rows_above_the_limit_end_in_1(
+    job: Path, batchsd: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     prompts = ["a red cube", None, "", "a red cube", *["a blue cube"] * 4]
     pq.write_table(pa.table({"prompt": prompts}), "prompts.parquet")
     assert batchsd("run", "job.toml") == 1
@@ -178,7 +180,7 @@ def started(arguments: list[str], file: str) -> Iterator[subprocess.Popen[str]]:
         command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
     ) as process:
         try:
-            until = time.monotonic() + 90
+            until = time.monotonic() + 150
             while not Path(file).exists() and process.poll() is None and time.monotonic() < until:
                 time.sleep(0.02)
             assert Path(file).exists(), "the run did not come so far"
@@ -197,7 +199,15 @@ def test_signals_stop_cleanly_and_the_next_run_goes_on(
 ) -> None:
     prompts = {"id": [f"row{i}" for i in range(64)], "prompt": ["a red cube"] * 64}
     pq.write_table(pa.table(prompts), "prompts.parquet")
-    slow = ["job.toml", "--set", "output.rows_per_shard=2", "--set", "ray.workers=2", "--set", "sampler.steps=16"]
+    slow = [
+        "job.toml",
+        "--set",
+        "output.rows_per_shard=2",
+        "--set",
+        "ray.workers=2",
+        "--set",
+        "sampler.steps=16",
+    ]
     with started(["run", *slow, *where], "out/run1/__batchsd/ledger/0001/00000.json") as process:
         os.killpg(process.pid, number)  # as a terminal does: to all of its processes
         _, said = process.communicate(timeout=60)

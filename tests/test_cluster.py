@@ -16,12 +16,19 @@ import pytest
 from fakes import draw, expected, lanes, published, run_all, shards_of, workbench
 
 from batchsd import plugins
-from batchsd.actor import Outbox
 from batchsd.cluster import Cluster, RayActors
 from batchsd.ledger import Ledger
 from batchsd.run import Dispatcher, Executor, Source, Workbench
 from batchsd.store import LocalStore
-from batchsd.types import Event, InfrastructureError, Progress, Record, Request, Shard, ShardResult, UsageError
+from batchsd.types import (
+    Event,
+    InfrastructureError,
+    Progress,
+    Record,
+    Request,
+    Shard,
+    UsageError,
+)
 
 SHARDS = shards_of(4, 6)
 
@@ -178,22 +185,7 @@ def test_a_cluster_that_does_not_answer_is_said() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray, "init", connect)
-        with pytest.raises(InfrastructureError, match="'head:6379' does not start: ConnectionError: no route"):
+        with pytest.raises(
+            InfrastructureError, match="'head:6379' does not start: ConnectionError: no route"
+        ):
             Cluster("head:6379").resources()
-
-
-def test_waiting_progress_is_merged_and_nothing_is_lost() -> None:
-    outbox = Outbox()
-    one, two = SHARDS[:2]
-    for shard in (one, one, two, one):
-        outbox.put(Progress(shard, 1, 0, ("a",)))
-    outbox.put(Progress(one, 0, 1, ("b",)))
-    result = ShardResult(one, "n", 6, 6, {}, (), {}, {})
-    outbox.put(result)
-    outbox.end()
-    assert list(outbox) == [
-        Progress(one, 2, 0, ("a",)),
-        Progress(two, 1, 0, ("a",)),
-        Progress(one, 1, 1, ("b",)),
-        result,
-    ]

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "actor": "run",
     "drive": "ledger plan progress run",
     "prepare": "columns diffusion encode engine job ledger manifest model plan plugin_source plugins reader "
-    "rows run store",
+    "rows run store unbuilt",
     # the trainer, which draws with what it has trained
     "training": "diffusion engine model tasks",
     # the worker

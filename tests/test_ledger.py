@@ -1,4 +1,4 @@
-"""Every row exactly once, whatever dies: the run is killed at each storage operation in turn, and run again."""
+"""Every row exactly once, whatever dies: a run is killed at each storage operation in turn, and run again."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ def check_whole(root: Path) -> None:
     for captions, shard in zip(sorted((root / "data").glob("*.txt")), SHARDS, strict=False):
         assert captions.read_text().split() == [f"row{shard.start + i}" for i in range(shard.count)]
     ours = root / "__batchsd"
-    assert [p.name for p in sorted((ours / "ledger/0001").glob("*.json"))] == [f"{i:05d}.json" for i in range(3)]
+    assert [p.name for p in sorted((ours / "ledger/0001").glob("*.json"))] == [
+        f"{i:05d}.json" for i in range(3)
+    ]
     assert list((ours / "staging").iterdir()) == []
     assert json.loads((ours / "SUCCESS.json").read_text())["rows"] == 12
 
@@ -144,7 +146,9 @@ def test_another_plan_is_refused_with_what_differs(tmp_path: Path) -> None:
     assert "sampler.steps: 20 -> 30" in str(refused.value)
     assert "plugin ./tint.py: absent -> abcd" in str(refused.value)
     file = {**other.files[0], "sha256": "ff"}
-    with pytest.raises(UsageError, match=r"input file prompts.parquet: 12 rows, sha256 00 -> 12 rows, sha256 ff"):
+    with pytest.raises(
+        UsageError, match=r"input file prompts.parquet: 12 rows, sha256 00 -> 12 rows, sha256 ff"
+    ):
         Ledger(store).check(replace(plan_of(SHARDS), files=(file,)))
 
 
@@ -173,7 +177,7 @@ def test_a_file_without_a_marker_is_not_done(tmp_path: Path) -> None:
 def test_a_published_file_that_is_gone_is_said(tmp_path: Path) -> None:
     run_all(LocalStore(tmp_path), SHARDS)
     (tmp_path / "data/train-00001-of-00003.parquet").unlink()
-    with pytest.raises(UsageError, match=r"train-00001-of-00003.parquet was complete .*00001.json"):
+    with pytest.raises(UsageError, match=r"train-00001-of-00003.parquet was complete, .*00001.json"):
         run_all(LocalStore(tmp_path), SHARDS)
 
 

@@ -97,5 +97,7 @@ def test_changed_soft_facts_are_said(tmp_path: Path, checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(("setting", "rows"), [("run.max_failed=3", 3), ("run.max_failed=0.25", 5.0)])
-def test_max_failed_is_a_count_or_a_share(tmp_path: Path, checkpoint: Path, setting: str, rows: float) -> None:
+def test_max_failed_is_a_count_or_a_share(
+    tmp_path: Path, checkpoint: Path, setting: str, rows: float
+) -> None:
     assert prepare(write_job(tmp_path, checkpoint, 20, setting), 1, gpu=False).max_failed == rows

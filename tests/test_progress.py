@@ -31,7 +31,14 @@ def test_line() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0 s"), (99, "99 s"), (100, "2 min"), (6_000, "1 h 40 min"), (11_100, "3 h 05 min"), (187_200, "2 d 4 h")],
+    [
+        (0, "0 s"),
+        (99, "99 s"),
+        (100, "2 min"),
+        (6_000, "1 h 40 min"),
+        (11_100, "3 h 05 min"),
+        (187_200, "2 d 4 h"),
+    ],
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text

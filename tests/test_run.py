@@ -225,7 +225,9 @@ def test_a_worker_that_cannot_start_ends_the_run_after_three_tries(tmp_path: Pat
         tries.append(1)
         raise RuntimeError("no such library")
 
-    with pytest.raises(InfrastructureError, match="no worker can start, 3 tries: RuntimeError: no such library"):
+    with pytest.raises(
+        InfrastructureError, match="no worker can start, 3 tries: RuntimeError: no such library"
+    ):
         run_all(LocalStore(tmp_path), SHARDS, executor=InProcess(build))
     assert len(tries) == 3
 

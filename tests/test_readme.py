@@ -1,0 +1,77 @@
+"""What the README says is what the code does."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import tomllib
+from pathlib import Path
+
+import click
+import pytest
+
+from batchsd import hookspecs
+from batchsd.cli import commands
+from batchsd.diffusion.builtin import BUILTIN
+from batchsd.job import load
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_hooks_have_the_documented_signatures() -> None:
+    documented = {line for block in blocks("python") for line in block.splitlines() if re.match(r"\w+\(.*\) -> ", line)}
+    hooks = {name: f for name, f in vars(hookspecs).items() if hasattr(f, "batchsd_spec")}
+    signatures = set()
+    for name, function in hooks.items():
+        parameters = inspect.signature(function).parameters.values()
+        given = ", ".join(f"{p.name}: {p.annotation}" for p in parameters)
+        signatures.add(f"{name}({given}) -> {inspect.signature(function).return_annotation}")
+    assert documented == signatures
+
+
+def test_every_sampler_has_its_line() -> None:
+    rows = set(re.findall(r"^\| `(\w+)` \| (.*) \| (\w*) \| (\d) \|$", README, re.MULTILINE))
+    assert rows == {(s.name, ", ".join(s.aliases), s.diffusers, str(s.calls)) for s in BUILTIN.values()}
+
+
+def test_every_command_has_its_line() -> None:
+    documented = set(re.findall(r"^\| `batchsd ([\w-]+)", README, re.MULTILINE))
+    assert documented == set(commands.commands)
+    for line in re.findall(r"^\| `batchsd (.*?)` \|", README, re.MULTILINE):
+        name = line.split()[0]
+        options = {o for p in commands.commands[name].params if isinstance(p, click.Option) for o in p.opts}
+        assert set(re.findall(r"--[\w-]+", line)) == {o for o in options if o.startswith("--")}, name
+
+
+@pytest.mark.parametrize("text", blocks("toml"))
+def test_example_jobs_load(text: str, tmp_path: Path) -> None:
+    assert tomllib.loads(text)
+    (tmp_path / "job.toml").write_text(text)
+    load(tmp_path / "job.toml", (), {})
+
+
+def test_the_example_plugin_works(tmp_path: Path) -> None:
+    from batchsd import plugins
+
+    (source,) = (block for block in blocks("python") if "@hookimpl" in block)
+    (tmp_path / "mine.py").write_text(source)
+    registry = plugins.build(["./mine.py"], tmp_path)
+    assert registry.schedulers["my_euler"].program(
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, 5
+    )
+
+
+def test_files_that_are_named_exist() -> None:
+    for name in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"`((?:batchsd|tests|jobs)/[\w./-]+)`", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_no_number_is_missing() -> None:
+    assert not re.search(r"@[A-Z]+@", README)

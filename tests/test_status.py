@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from fakes import plan_of, run_all, shards_of
+
+from batchsd.drive import Stop, Stopped
+from batchsd.ledger import Ledger
+from batchsd.status import read_status
+from batchsd.store import LocalStore
+from batchsd.types import UsageError
+
+SHARDS = shards_of(4, 5)
+
+
+def said(root: Path, **changes: object) -> None:
+    path = root / "__batchsd/status.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_from_the_plan_to_the_end(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no run of batchsd"):
+        read_status(str(tmp_path))
+    Ledger(LocalStore(tmp_path)).begin(plan_of(SHARDS))
+    assert read_status(str(tmp_path))["state"] == "planned"
+    stop = Stop(60)
+    stop.ask("SIGTERM", 75)
+    with pytest.raises(Stopped):
+        run_all(LocalStore(tmp_path), SHARDS, stop=stop)
+    found = read_status(str(tmp_path))
+    assert (found["state"], found["exit_code"], found["done"], found["left"]) == ("stopped", 75, 0, 20)
+    assert "SIGTERM" in found["reason"]
+    run_all(LocalStore(tmp_path), SHARDS)
+    found = read_status(str(tmp_path))
+    assert (found["state"], found["exit_code"], found["done"], found["left"]) == ("done", 0, 20, 0)
+    assert (found["shards"], found["shards_done"]) == (4, 4)
+
+
+def test_a_driver_that_says_no_more_is_dead(tmp_path: Path) -> None:
+    run_all(LocalStore(tmp_path), SHARDS)
+    (tmp_path / "__batchsd/ledger/0001/00003.json").unlink()
+    said(tmp_path, state="running", updated=time.time() - 20, pictures_per_second=0.5)
+    found = read_status(str(tmp_path))
+    assert (found["state"], found["seconds_left"]) == ("running", 10)
+    said(tmp_path, updated=time.time() - 1000)
+    found = read_status(str(tmp_path))
+    assert found["state"].startswith("dead since 2") and found["seconds_left"] is None
