@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from batchsd.training import stages
-from batchsd.training.config import load_config
+from batchsd.training.config import Scenes, load_config
 from batchsd.training.data import load_pictures
+from batchsd.training.dataset import write_dataset
 from batchsd.types import BatchsdError
 
 
@@ -35,6 +36,9 @@ def run(path: Path) -> None:
     def log(line: str) -> None:
         print(f"{(time.monotonic() - began) / 60:6.1f} min  {line}", flush=True)
 
+    if config.scenes is not None and not config.pictures.exists():
+        draw_scenes(config.scenes, config.pictures)
+        log(f"drew {config.scenes.count} scenes")
     pictures = load_pictures(config.pictures)
     log(f"{len(pictures)} pictures from {config.pictures}")
     text = stages.text_encoder(config, pictures, log)
@@ -42,6 +46,14 @@ def run(path: Path) -> None:
     unet, average = stages.denoiser(config, pictures, vae, text, log)
     stages.write(config, vae, text, unet, average)
     log(f"wrote {config.output}")
+
+
+def draw_scenes(scenes: Scenes, path: Path) -> None:
+    """Draws beside the place and moves it there whole: a run that was stopped leaves no half of it."""
+    part = path.with_suffix(".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_dataset(part, scenes.count, scenes.seed, scenes.size)
+    part.replace(path)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,14 @@ class DenoiserStage(Stage):
     prediction_type: Literal["epsilon", "v_prediction"] = "v_prediction"
 
 
+class Scenes(_Section):
+    """Which procedural scenes to draw where `pictures` does not exist yet (see `scenes`)."""
+
+    count: int
+    seed: int = 0
+    size: int = 64
+
+
 class TrainingConfig(_Section):
     """The whole run. `pictures` is a Parquet of (image, caption); `work` keeps the states; `output` is made last."""
 
@@ -70,6 +78,7 @@ class TrainingConfig(_Section):
     text: TextStage
     unet: DenoiserStage
     threads: int = 0
+    scenes: Scenes | None = None
 
 
 def load_config(path: Path) -> TrainingConfig:

@@ -25,6 +25,9 @@ CONFIG = """
 pictures = "scenes.parquet"
 work = "work"
 output = "made"
+[scenes]
+count = 24
+size = 16
 [autoencoder]
 channels = [8, 16]
 groups = 4
@@ -49,7 +52,6 @@ batch_size = 4
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("training")
-    write_dataset(folder / "scenes.parquet", 24, seed=0, size=16)
     (folder / "config.toml").write_text(CONFIG)
     assert main([str(folder / "config.toml")]) == 0
     return folder
@@ -118,7 +120,7 @@ def test_what_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.CaptureF
     config.write_text(CONFIG.replace("width = 16", "widht = 16"))
     assert main([str(config)]) == 2
     assert "config.toml: text." in capsys.readouterr().err
-    config.write_text(CONFIG)
+    config.write_text(CONFIG.replace("[scenes]\ncount = 24\nsize = 16\n", ""))
     assert main([str(config)]) == 2
     assert "scenes.parquet: not readable as Parquet" in capsys.readouterr().err
     assert main([]) == 2

@@ -1,0 +1,47 @@
+"""The command line, and the only room that prints: results to stdout, progress and errors to stderr.
+
+Exit codes: 0 all rows done; 1 too many rows failed; 2 usage, job or manifest (do not retry); 3 cluster or
+storage (a retry may help); 75 stopped by a signal after a clean stop; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from batchsd.cli.look import plan, plugins, schema, status, validate
+from batchsd.cli.run import run
+from batchsd.cli.terminal import say
+from batchsd.types import BatchsdError
+
+
+def main() -> None:
+    """Run a command and exit with its code; a known error is one message, never a traceback."""
+    try:
+        code = commands.main(prog_name="batchsd", standalone_mode=False)
+    except click.exceptions.Abort:
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except BatchsdError as error:
+        say(f"batchsd: {error}")
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # `batchsd ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="batchsd")
+def commands() -> None:
+    """Turn a Parquet manifest of prompts into a dataset of pictures."""
+
+
+for command in (run, plan, validate, status, plugins, schema):
+    commands.add_command(command)

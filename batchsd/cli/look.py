@@ -1,0 +1,99 @@
+"""The commands that only look: plan, validate, status, plugins, schema."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import click
+
+from batchsd.cli.options import json_option, load_job, set_option
+
+
+@click.command()
+@click.argument("job")
+@set_option
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="the first N rows")
+def plan(job: str, sets: tuple[str, ...], limit: int | None) -> None:
+    """Say what `run` would make, from the manifest's footers alone."""
+    from batchsd.place import choose_place
+    from batchsd.prepare import prepare
+    from batchsd.summary import plan_lines
+
+    loaded = load_job(job, sets)
+    with choose_place(loaded, None, os.environ) as place:
+        prepared = prepare(loaded, place.workers, place.gpu, limit)
+    click.echo("\n".join(plan_lines(prepared, place.describe())))
+
+
+@click.command()
+@click.argument("job")
+@set_option
+def validate(job: str, sets: tuple[str, ...]) -> None:
+    """Read every row of JOB's manifest and list those that would be refused."""
+    from batchsd import plugins
+    from batchsd.manifest import open_manifest
+    from batchsd.prepare import check_registered, names_of
+    from batchsd.reader import scan
+
+    loaded = load_job(job, sets)
+    registry = plugins.build(loaded.plugins, Path())
+    check_registered(loaded, registry)
+    names = names_of(registry)
+    manifest = open_manifest(loaded, names=names)
+    bad = 0
+    for key, what in scan(manifest, loaded, names):
+        bad += 1
+        if bad <= 20:
+            click.echo(f"{key}: {what}")
+    click.echo(f"{manifest.rows:,} rows, {bad:,} bad")
+    limit = loaded.run.max_failed
+    if bad > (limit if isinstance(limit, int) else limit * manifest.rows):
+        raise SystemExit(1)
+
+
+@click.command()
+@click.argument("run_folder", metavar="RUN")
+@json_option
+def status(run_folder: str, as_json: bool) -> None:
+    """How far RUN, an output folder, is."""
+    from batchsd.progress import duration, failures
+    from batchsd.status import read_status
+
+    found = read_status(run_folder)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    click.echo(f"{found['state']}: {found['done']:,} of {found['rows']:,} rows, {failures(found['failed'])}")
+    click.echo(f"shards: {found['shards_done']:,} of {found['shards']:,}")
+    if found["seconds_left"] is not None:
+        click.echo(f"{found['pictures_per_second']:.3g} pictures/s, {duration(found['seconds_left'])} left")
+    if found["reason"]:
+        click.echo(found["reason"])
+
+
+@click.command()
+@click.argument("job", required=False)
+@set_option
+@json_option
+def plugins(job: str | None, sets: tuple[str, ...], as_json: bool) -> None:
+    """List schedulers, tasks, sinks and watchers with the plugin that brings them."""
+    from batchsd.plugins import describe
+
+    rows = describe(load_job(job, sets).plugins if job else (), Path())
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    columns = ("kind", "name", "owner", "version", "origin", "thing")
+    widths = {column: max(len(column), *(len(row[column]) for row in rows)) for column in columns}
+    for row in ({column: column for column in columns}, *rows):
+        click.echo("  ".join(row[column].ljust(widths[column]) for column in columns).rstrip())
+
+
+@click.command()
+def schema() -> None:
+    """The JSON Schema of a job file, for editors."""
+    from batchsd.job import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=1))
