@@ -106,7 +106,7 @@ def _anchored(key: Key, value: Any, folder: Path) -> Any:
         return [_anchored(key, item, folder) for item in value]
     if not isinstance(value, str) or not value or "://" in value:
         return value
-    path = os.path.abspath(folder / Path(value).expanduser()) if "\0" not in value else value
+    path = os.path.abspath(folder / os.path.expanduser(value)) if "\0" not in value else value
     if key in PATHS:
         return path
     if key == PLUGINS:

@@ -241,7 +241,7 @@ BROKEN = {
         "mine.py:3)",
     ),
     "half a task": (
-        "import batchsd\n@batchsd.hookimpl\ndef register_tasks(): return {'a': print}",
+        "import batchsd\n@batchsd.hookimpl\ndef register_tasks(): return {'a': len}",
         "register_tasks: 'a' (builtin_function_or_method) is not a task: it needs `columns` and `__call__`",
     ),
     "columns a string": (
@@ -254,7 +254,7 @@ BROKEN = {
         "register_sinks: 'a' (int) is not a sink: it needs `open(folder, name, schema)`",
     ),
     "no scheduler": (
-        "import batchsd\n@batchsd.hookimpl\ndef register_schedulers(): return {'a': print}",
+        "import batchsd\n@batchsd.hookimpl\ndef register_schedulers(): return {'a': len}",
         "register_schedulers: 'a' is builtin_function_or_method, not a batchsd.Scheduler",
     ),
     "not linear": (
