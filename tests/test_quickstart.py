@@ -43,7 +43,7 @@ def test_datasets_shows_the_pictures(run_folder: Path) -> None:
     manifest = pq.read_table(ROOT / "jobs" / "quickstart.parquet")
     assert rows["id"][:] == manifest["id"].to_pylist()
     assert rows["collection"][:] == manifest["collection"].to_pylist()
-    assert {status for status in rows["status"]} == {"ok"}
+    assert set(rows["status"]) == {"ok"}
     assert rows[0]["image"].size == (64, 64)
     assert len({row["image"].tobytes() for row in rows}) == 48, "equal pictures for different rows"
 
@@ -106,7 +106,8 @@ def test_one_file_plugin_on_ray(tmp_path: Path) -> None:
     listed = batchsd("plugins", job)
     assert re.search(r"scheduler +my_euler +.*mine", listed.stdout), listed.stdout
     same = tmp_path / "same"
-    assert batchsd("run", job, "--local", "--set", "sampler.scheduler=euler", "--set", f"output.uri={same}").returncode == 0
+    settings = ("--set", "sampler.scheduler=euler", "--set", f"output.uri={same}")
+    assert batchsd("run", job, "--local", *settings).returncode == 0
     difference = pictures_of(tmp_path / "run") - pictures_of(same)
     assert np.abs(difference).max() <= 1
 
