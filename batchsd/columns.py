@@ -7,6 +7,7 @@ as used; all other manifest columns travel untouched. Every field is nullable, e
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -184,6 +185,24 @@ def to_table(records: Sequence[Record], schema: pa.Schema, name: str) -> pa.Tabl
             value = _VALUES[ours.decode()]
             arrays.append(pa.array([value(record, name, facts) for record in records], type=field.type))
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def row_json(record: Record, schema: pa.Schema, name: str) -> str:
+    """The row as one JSON object: every column but those that hold bytes; dates as text, NaN as null."""
+    table = to_table([record], schema, name)
+    kept = [field.name for field in schema if not holds_bytes(field.type)]
+    (row,) = table.select(kept).to_pylist()
+    return json.dumps(_json_value(row), ensure_ascii=True, sort_keys=True)
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _json_value(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def picture_name(name: str, index: int, extension: str) -> str:

@@ -21,13 +21,26 @@ def register_schedulers() -> Mapping[str, Scheduler]:
 
 @hookimpl
 def register_tasks() -> Mapping[str, Task]:
+    from batchsd.tasks.depth import DepthTask
+    from batchsd.tasks.edit import EditTask
+    from batchsd.tasks.image import ImageTask
+    from batchsd.tasks.inpaint import InpaintTask
     from batchsd.tasks.text import TextTask
 
-    return {"text": TextTask()}
+    return {
+        "text": TextTask(),
+        "image": ImageTask(),
+        "depth": DepthTask(),
+        "inpaint": InpaintTask(),
+        "edit": EditTask(),
+    }
 
 
 @hookimpl
 def register_sinks() -> Mapping[str, Sink]:
+    from batchsd.sinks.aside import Aside
+    from batchsd.sinks.folder import FolderSink
     from batchsd.sinks.parquet import ParquetSink
+    from batchsd.sinks.webdataset import TarSink
 
-    return {"parquet": ParquetSink()}
+    return {"parquet": ParquetSink(), "webdataset": Aside(TarSink()), "folder": Aside(FolderSink())}

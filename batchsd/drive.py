@@ -8,12 +8,14 @@ goes out again, under a new nonce.
 
 from __future__ import annotations
 
+import datetime
 import os
 import secrets
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +30,10 @@ STATUS_EVERY = 30.0  # seconds
 WATCH_EVERY = 0.1  # seconds
 
 
+def nothing() -> None:
+    """No lock to look after."""
+
+
 class TooManyFailed(BatchsdError):
     """The run's `max_failed` is passed. What is committed stays."""
 
@@ -40,11 +46,25 @@ class Stopped(BatchsdError):
         self.exit_code = exit_code
 
 
+def deadline_of(text: str, now: datetime.datetime) -> float | None:
+    """`run.deadline` in seconds since 1970: a date with time, or the next such time of day; None for ""."""
+    if not text:
+        return None
+    if "-" in text:
+        return datetime.datetime.fromisoformat(text).timestamp()
+    at = datetime.datetime.combine(now.date(), datetime.time.fromisoformat(text))
+    return (at if at.timestamp() > now.timestamp() else at + datetime.timedelta(days=1)).timestamp()
+
+
 @dataclass
 class Stop:
-    """A request to stop, set by a signal: no new shards; those that are out have `grace` seconds to end."""
+    """A request to stop, set by a signal: no new shards; those that are out have `grace` seconds to end.
+
+    At `deadline`, in seconds since 1970, it asks itself.
+    """
 
     grace: float
+    deadline: float | None = None
     reason: str = ""
     exit_code: int = 0
     at: float = 0.0
@@ -54,6 +74,8 @@ class Stop:
 
     @property
     def asked(self) -> bool:
+        if not self.reason and self.deadline is not None and time.time() >= self.deadline:
+            self.ask("run.deadline", 75)
         return bool(self.reason)
 
     @property
@@ -81,7 +103,8 @@ class Drive:
     """The dispatcher of one run (see `run.Dispatcher`).
 
     `todo` are the shards without a marker; `max_failed` is a count of rows; `watch` is called with a Snapshot
-    a few times a second.
+    a few times a second; `check_lock` raises where another driver has taken over. `revisions` are the numbers
+    of the markers that published shards, built anew, get.
     """
 
     ledger: Ledger
@@ -93,6 +116,8 @@ class Drive:
     watch: Callable[[Snapshot], None]
     stop: Stop
     log: Callable[[str], None]
+    check_lock: Callable[[], None] = nothing
+    revisions: Mapping[int, int] = field(default_factory=dict)
     runs: list[deque[Shard]] = field(init=False)
     out: dict[int, list[Out]] = field(init=False, default_factory=dict)
 
@@ -124,7 +149,7 @@ class Drive:
             return None
         shard = mine.popleft()
         self._attempts[shard.index] += 1
-        ticket = Ticket(shard, secrets.token_hex(8))
+        ticket = Ticket(shard, secrets.token_hex(8), self.revisions.get(shard.index, 0))
         self.out.setdefault(worker, []).append(Out(ticket, self._attempts[shard.index]))
         return ticket
 
@@ -149,9 +174,7 @@ class Drive:
             self._barren += 1
             if self._barren >= MOST_TRIES:
                 kept = self.ledger.log_attempt(f"worker-{worker}.{secrets.token_hex(8)}", log)
-                raise InfrastructureError(
-                    f"no worker can start, {MOST_TRIES} tries: {cause}; all of it in {kept}"
-                )
+                raise InfrastructureError(f"no worker can start, {MOST_TRIES} tries: {cause}; all of it in {kept}")
             return
         # A worker that says nothing of its rows was with the ticket that it got first.
         begun = [entry for entry in held if entry.begun] or held[:1]
@@ -165,6 +188,7 @@ class Drive:
         if now - self._watched_at >= WATCH_EVERY:
             self._watched_at = now
             self.watch(self.snapshot())
+            self.check_lock()
         if now - self._status_at >= STATUS_EVERY:
             self.write_status("running")
         if self.stop.overdue:
@@ -191,6 +215,7 @@ class Drive:
 
     def write_status(self, state: str, reason: str = "", exit_code: int | None = None) -> None:
         """What `batchsd status` and schedulers read: how far the run is, and why it ended."""
+        self.check_lock()
         now = self.snapshot()
         self._status_at = time.monotonic()
         self.ledger.write_status(
@@ -205,7 +230,9 @@ class Drive:
         )
 
     def _commit(self, result: ShardResult, attempt: int) -> None:
-        marker = self.ledger.commit(result, attempt, self.plan)
+        self.check_lock()
+        revision = self.revisions.get(result.shard.index, 0)
+        marker = self.ledger.commit(result, attempt, self.plan, revision)
         if marker.shard not in self.tally.done:
             self.tally.add(marker)
         self._failures.pop(marker.shard, None)
@@ -219,8 +246,7 @@ class Drive:
         kept = self.ledger.log_attempt(f"{shard.index:05d}.{entry.attempt}.{entry.ticket.nonce}", text)
         if self._failures[shard.index] >= MOST_TRIES:
             raise InfrastructureError(
-                f"{shard.name} failed {MOST_TRIES} times; last: {cause} (rows in flight: {rows}); "
-                f"all of it in {kept}"
+                f"{shard.name} failed {MOST_TRIES} times; last: {cause} (rows in flight: {rows}); all of it in {kept}"
             )
         self.log(f"{shard.name}: attempt {entry.attempt} failed, trying again: {cause}")
 
@@ -235,14 +261,18 @@ def drive(
     max_failed: float,
     watch: Callable[[Snapshot], None],
     log: Callable[[str], None],
+    check_lock: Callable[[], None] = nothing,
+    revisions: Mapping[int, int] | None = None,
 ) -> Tally:
-    """Bring a begun plan to its end; `tally` is `ledger.roll_forward()`'s. Gives what the markers add up to.
+    """Bring a begun plan to its end; `tally` is `ledger.roll_forward()`'s, less the shards in `revisions`.
+
+    Gives what the markers add up to.
 
     Raises TooManyFailed, Stopped, InfrastructureError, or a worker's UsageError; what was committed stays.
     """
     check_failed(tally, max_failed)
     todo = [shard for shard in shards if shard.index not in tally.done]
-    run = Drive(ledger, plan, tally, todo, executor.workers, max_failed, watch, stop, log)
+    run = Drive(ledger, plan, tally, todo, executor.workers, max_failed, watch, stop, log, check_lock, revisions or {})
     run.write_status("running")
     try:
         executor.run(run)
@@ -250,7 +280,9 @@ def drive(
             raise stop.error()
         total = ledger.finish(plan)
     except BatchsdError as error:
-        run.write_status("stopped" if isinstance(error, Stopped) else "failed", str(error), error.exit_code)
+        state = "stopped" if isinstance(error, Stopped) else "failed"
+        with suppress(InfrastructureError):  # the lock is another's, or the storage fails: the error says so
+            run.write_status(state, str(error), error.exit_code)
         raise
     run.write_status("done", exit_code=0)
     return total

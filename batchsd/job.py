@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from pydantic import Field, PrivateAttr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from batchsd.job_errors import describe, have, origin
-from batchsd.job_sources import Key, Layer, environment_layer, file_layer, set_layer
+from batchsd.job_sources import HUB_NAME, Key, Layer, environment_layer, file_layer, set_layer
+from batchsd.model.extras import extra_files
+from batchsd.model.hub import cached_model
 from batchsd.redact import redact
 from batchsd.settings import Conditioning, Input, Model, Output, Ray, Run, Sampler, Texts
 from batchsd.types import PIXELS_VERSION, UsageError
@@ -106,25 +109,46 @@ def check_names(job: Job, setting: str, known: Collection[str]) -> None:
 def shipped_models() -> list[str]:
     """Names of the checkpoints that come with batchsd."""
     assets = Path(__file__).parent / "assets"
-    return sorted(entry.name for entry in assets.iterdir() if entry.is_dir() and entry.name[0] not in "_.")
+    return sorted(entry.name for entry in assets.iterdir() if (entry / "model_index.json").is_file())
 
 
 def model_path(job: Job) -> Path:
-    """Where the job's checkpoint lies: a name without "/" ships with batchsd, anything else is a path.
+    """Where the job's checkpoint lies. Raises UsageError where nothing is there."""
+    return find_model(job.model.path, job.where("model.path"))
 
-    Raises UsageError where nothing is there.
+
+def find_model(name: str, where: str) -> Path:
+    """A name without "/" ships with batchsd; else a path, or `org/name` in the hub's local cache.
+
+    Raises UsageError beginning with `where`.
     """
-    name = job.model.path
     if "/" not in name:
         if name not in shipped_models():
             raise UsageError(
-                f"{job.where('model.path')}: {name!r} does not ship with batchsd"
+                f"{where}: {name!r} does not ship with batchsd"
                 f"{have(shipped_models())} (a path of your own needs a slash: ./{name})"
             )
         return Path(__file__).parent / "assets" / name
-    if not Path(name).exists():
-        raise UsageError(f"{job.where('model.path')}: no file or folder {name}")
-    return Path(name)
+    if Path(name).exists():
+        return Path(name)
+    if not HUB_NAME.fullmatch(name):
+        raise UsageError(f"{where}: no file or folder {name}")
+    cached = cached_model(name, os.environ)
+    if cached is None:
+        raise UsageError(f"{where}: {name} is no path and not in the local hub cache; `hf download {name}` fetches it")
+    return cached
+
+
+def model_extras(job: Job) -> list[tuple[str, Path]]:
+    """The files that the job adds to its checkpoint, each with its use: for the checkpoint's hash."""
+    model = job.model
+    return extra_files(model.vae, model.loras, model.embeddings, model.tokenizer)
+
+
+def model_options(job: Job) -> dict[str, Any]:
+    """What `model.checkpoint.load` takes by name."""
+    names = ("vae", "loras", "embeddings", "clip_skip", "tokenizer", "ema")
+    return {name: getattr(job.model, name) for name in names}
 
 
 def pixel_settings(job: Job) -> dict[str, Any]:
@@ -138,6 +162,7 @@ def pixel_settings(job: Job) -> dict[str, Any]:
     for section in ("sampler", "conditioning"):
         settings |= {f"{section}.{key}": value for key, value in resolved[section].items()}
     settings["model.clip_skip"] = job.model.clip_skip
+    settings["model.ema"] = job.model.ema
     settings["input.columns"] = dict(job.input.columns)
     settings["input.prompt"] = job.input.prompt
     settings["output.image"] = job.output.image.options()

@@ -9,7 +9,7 @@ Shapes: R rows, L lanes, B branches of a row, C H W latent size, T tokens, D con
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,21 +17,28 @@ from torch import Tensor
 
 from batchsd.diffusion.guidance import rescaled, weighted_sum
 from batchsd.diffusion.program import HISTORY, NOISES, Lines, Program, along, gather, update
-from batchsd.model.checkpoint import Model
-from batchsd.types import Blend, Conditioning, Request, Shard
+from batchsd.network import Evaluate, Group, Lane
+from batchsd.types import Blend, Conditioning, Request, RowError, Shard
 
 
 @dataclass(eq=False)
 class Row:
-    """A row on its way: what it asks, what the network is told, and where it stands."""
+    """A row on its way: what it asks, what the network is told, and where it stands.
+
+    `weights` are its branches' for each call; `contexts` their text states (T, D), `added` what else the network
+    is told of them; `noise` is what its next call draws, once it is drawn.
+    """
 
     shard: Shard
     request: Request
     conditioning: Conditioning
     program: Program
     generator: torch.Generator
+    weights: Sequence[Sequence[float]]
     contexts: list[Tensor] = field(default_factory=list)
+    added: list[Mapping[str, Tensor]] = field(default_factory=list)
     position: int = 0
+    noise: Tensor | None = None
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -41,6 +48,20 @@ class Row:
     def lanes(self) -> int:
         return len(self.conditioning.branches)
 
+    @property
+    def calls_left(self) -> int:
+        return len(self.program) - self.position
+
+    @property
+    def bytes(self) -> int:
+        """What it holds while it waits. Text states are shared, and counted by whoever keeps them."""
+        given = self.conditioning
+        tensors = [given.noise_CHW, given.clean_CHW, *(branch.channels_CHW for branch in given.branches)]
+        if given.blend is not None:
+            tensors += [given.blend.mask_1HW, given.blend.clean_CHW, given.blend.noise_CHW]
+        kept = 0 if given.kept is None else given.kept.mask_HW.nbytes + given.kept.picture_HW3.nbytes
+        return kept + sum(each.nbytes for each in tensors if each is not None)
+
     def start(self) -> Tensor:
         """The latents that the walk starts from, float32 on the CPU."""
         noise, clean, program = self.conditioning.noise_CHW, self.conditioning.clean_CHW, self.program
@@ -48,111 +69,139 @@ class Row:
             return program.init_noise * noise
         return program.init_alpha * clean + program.init_sigma * noise
 
+    def draw(self) -> Tensor | None:
+        """The noise of its next call (2, C, H, W), None where it draws none.
+
+        Kept until the call has succeeded: a call that fails and is tried again must not draw anew.
+        """
+        draws = int(self.program.draws[self.position])
+        if draws and self.noise is None:
+            self.noise = torch.zeros(NOISES, *self.size)
+            for j in range(draws):
+                self.noise[j] = torch.randn((1, *self.size), generator=self.generator)[0]
+        return self.noise
+
+
+@dataclass
+class Stepped:
+    """What a step brought: rows that are finished, with their latents, and rows that failed alone."""
+
+    finished: list[tuple[Row, Tensor]]
+    failed: list[tuple[Row, RowError]]
+
 
 class Lanes:
-    """The batch of one latent size. `admit` rows while there is room, `step`, take what is finished."""
+    """The batch of one group of rows. `admit` rows while there is room, `step`, take what is finished."""
 
-    def __init__(self, model: Model, size: Sequence[int], capacity: int, guidance_rescale: float = 0.0) -> None:
-        self.model = model
-        self.capacity = capacity
+    def __init__(
+        self,
+        group: Group,
+        device: torch.device,
+        evaluate: Evaluate,
+        capacity: Callable[[Group], int],
+        guidance_rescale: float = 0.0,
+    ) -> None:
+        self.group = group
+        self.device = device
+        self.evaluate = evaluate
+        self._capacity = capacity
         self.guidance_rescale = guidance_rescale
         self.rows: list[Row] = []
-        self.x_RCHW = torch.zeros(0, *size, device=model.device)
+        self.x_RCHW = torch.zeros(0, *group.size, device=device)
         self.before_RCHW = self.x_RCHW
-        self.history_RhCHW = torch.zeros(0, HISTORY, *size, device=model.device)
+        self.history_RhCHW = torch.zeros(0, HISTORY, *group.size, device=device)
 
-    def has_room_for(self, row: Row) -> bool:
-        """Whether the row's lanes are free. A row wider than the whole batch walks alone."""
-        return not self.rows or sum(r.lanes for r in self.rows) + row.lanes <= self.capacity
+    @property
+    def capacity(self) -> int:
+        """Lanes a network call; it falls where the device's memory proved too small."""
+        return self._capacity(self.group)
 
-    def admit(self, rows: Sequence[Row]) -> None:
-        """Puts rows into the batch, their contexts encoded."""
-        starts = torch.stack([row.start() for row in rows]).to(self.x_RCHW)
-        self.rows += rows
-        self.x_RCHW = torch.cat([self.x_RCHW, starts])
-        self.before_RCHW = torch.cat([self.before_RCHW, torch.zeros_like(starts)])
-        fresh = self.history_RhCHW.new_zeros(len(rows), *self.history_RhCHW.shape[1:])
-        self.history_RhCHW = torch.cat([self.history_RhCHW, fresh])
+    @property
+    def used(self) -> int:
+        return sum(row.lanes for row in self.rows)
+
+    def fits(self, row: Row) -> bool:
+        """Whether the row's lanes are free. A row wider than the whole batch walks alone, in several calls."""
+        return not self.rows or self.used + row.lanes <= self.capacity
+
+    def admit(self, row: Row) -> None:
+        """Puts a row, its contexts encoded, into the batch."""
+        start = row.start()[None].to(self.x_RCHW)
+        x = torch.cat([self.x_RCHW, start])
+        before = torch.cat([self.before_RCHW, torch.zeros_like(start)])
+        fresh = self.history_RhCHW.new_zeros(1, *self.history_RhCHW.shape[1:])
+        history = torch.cat([self.history_RhCHW, fresh])
+        self.x_RCHW, self.before_RCHW, self.history_RhCHW = x, before, history
+        self.rows.append(row)
 
     @torch.no_grad()
-    def step(self) -> list[tuple[Row, Tensor]]:
-        """One network call for every row here; the rows that are finished leave, with their latents."""
-        lines = gather([r.program for r in self.rows], [r.position for r in self.rows], self.model.device)
-        guided_RCHW = self._guided(lines)
-        self.x_RCHW, self.before_RCHW, self.history_RhCHW = update(
+    def step(self) -> Stepped:
+        """One network call for every row here; the rows that are finished or failed leave.
+
+        Where it raises, no row has moved: the step can be tried again.
+        """
+        lines = gather([r.program for r in self.rows], [r.position for r in self.rows], self.device)
+        guided_RCHW, failed = self._guided(lines)
+        x, before, history = update(
             lines, self.x_RCHW, self.before_RCHW, self.history_RhCHW, guided_RCHW, self._noise()
         )
         for i, row in enumerate(self.rows):
             if row.conditioning.blend is not None:
-                self.x_RCHW[i] = blended(self.x_RCHW[i], row.conditioning.blend, lines, i)
+                x[i] = blended(x[i], row.conditioning.blend, lines, i)
+        self.x_RCHW, self.before_RCHW, self.history_RhCHW = x, before, history
+        for row in self.rows:
             row.position += 1
-        return self._leave()
+            row.noise = None
+        return self._leave(failed)
 
-    def drop(self) -> list[Row]:
-        """Empties the batch and gives its rows back, as after a failure that belongs to no single row."""
-        rows, self.rows = self.rows, []
-        self._keep([])
-        return rows
-
-    def _guided(self, lines: Lines) -> Tensor:
-        """The network's outputs, weighted and summed a row: (R, C, H, W) in float32."""
+    def _guided(self, lines: Lines) -> tuple[Tensor, dict[int, RowError]]:
+        """The network's outputs, weighted and summed a row: (R, C, H, W) in float32; and which rows failed."""
         places: list[list[int]] = []
         weights_RB: list[list[float]] = []
-        row_of_lane: list[int] = []
-        contexts: list[Tensor] = []
-        extras: list[Tensor] = []
+        lanes: list[Lane] = []
+        x_RCHW = along(lines.in_scale, self.x_RCHW) * self.x_RCHW
         for i, row in enumerate(self.rows):
-            weights = list(row.conditioning.weights(float(row.program.call_sigma[row.position])))
+            weights = list(row.weights[row.position])
             used = [b for b, weight in enumerate(weights) if weight != 0]
-            first = len(row_of_lane)
+            first = len(lanes)
             places.append([first + used.index(b) if b in used else first for b in range(len(weights))])
             weights_RB.append(weights)
-            row_of_lane += [i] * len(used)
-            contexts += [row.contexts[b] for b in used]
-            channels = [row.conditioning.branches[b].channels_CHW for b in used]
-            extras += [each for each in channels if each is not None]
-        x_LCHW = (along(lines.in_scale, self.x_RCHW) * self.x_RCHW)[row_of_lane]
-        if extras:
-            x_LCHW = torch.cat([x_LCHW, torch.stack(extras).to(x_LCHW)], dim=1)
-        out_LCHW = self.model.unet(
-            x_LCHW.to(self.model.dtype, memory_format=torch.channels_last),
-            lines.timestep[row_of_lane],
-            torch.stack(contexts),
-        ).float()
-        device = self.model.device
+            branches = row.conditioning.branches
+            lanes += [Lane(i, row.contexts[b], branches[b].channels_CHW, row.added[b]) for b in used]
+        out_LCHW, failed = self.evaluate(self.group, x_RCHW, lines.timestep, lanes)
         lanes_RB, factors_RB = _rectangle(places, weights_RB)
-        guided_RCHW = weighted_sum(out_LCHW, lanes_RB.to(device), factors_RB.to(device))
+        guided_RCHW = weighted_sum(out_LCHW, lanes_RB.to(self.device), factors_RB.to(self.device))
         if self.guidance_rescale > 0:
-            full = out_LCHW[[lanes[-1] for lanes in places]]  # the last branch is the one with every condition
-            strength_R = torch.full((len(self.rows),), self.guidance_rescale, device=device)
-            guided_RCHW = rescaled(guided_RCHW, full, strength_R)
-        return guided_RCHW
+            # The last branch is the one with every condition. A row at a time: how a sum over a row is split
+            # must not depend on how many rows there are.
+            phi = torch.tensor([self.guidance_rescale], device=self.device)
+            parts = zip(guided_RCHW.split(1), places, strict=True)
+            guided_RCHW = torch.cat([rescaled(own, out_LCHW[at[-1]][None], phi) for own, at in parts])
+        return guided_RCHW, failed
 
     def _noise(self) -> Tensor | None:
         """What this call's lines draw, each row from its own generator: (R, 2, C, H, W), None where no row draws."""
-        draws = [int(row.program.draws[row.position]) for row in self.rows]
-        if not any(draws):
+        drawn = [row.draw() for row in self.rows]
+        if all(each is None for each in drawn):
             return None
-        noise = torch.zeros(len(self.rows), NOISES, *self.x_RCHW.shape[1:])
-        for i, row in enumerate(self.rows):
-            for j in range(draws[i]):
-                noise[i, j] = torch.randn((1, *row.size), generator=row.generator)[0]
-        return noise.to(self.model.device)
+        nothing = torch.zeros(NOISES, *self.x_RCHW.shape[1:])
+        return torch.stack([nothing if each is None else each for each in drawn]).to(self.device)
 
-    def _leave(self) -> list[tuple[Row, Tensor]]:
-        stay = [i for i, row in enumerate(self.rows) if row.position < len(row.program)]
-        if len(stay) == len(self.rows):
-            return []
-        done = [(row, self.x_RCHW[i].clone()) for i, row in enumerate(self.rows) if i not in set(stay)]
+    def _leave(self, failed: dict[int, RowError]) -> Stepped:
+        done = {i for i, row in enumerate(self.rows) if not row.calls_left} - failed.keys()
+        if not done and not failed:
+            return Stepped([], [])
+        stepped = Stepped(
+            [(self.rows[i], self.x_RCHW[i].clone()) for i in sorted(done)],
+            [(self.rows[i], error) for i, error in failed.items()],
+        )
+        stay = [i for i in range(len(self.rows)) if i not in done and i not in failed]
         self.rows = [self.rows[i] for i in stay]
-        self._keep(stay)
-        return done
-
-    def _keep(self, stay: list[int]) -> None:
-        index = torch.tensor(stay, dtype=torch.long, device=self.model.device)
+        index = torch.tensor(stay, dtype=torch.long, device=self.device)
         self.x_RCHW = self.x_RCHW[index]
         self.before_RCHW = self.before_RCHW[index]
         self.history_RhCHW = self.history_RhCHW[index]
+        return stepped
 
 
 def _rectangle(places: list[list[int]], weights: list[list[float]]) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,9 @@
 
 Whoever is cut off between two of these steps is finished by the next start (`roll_forward`). Workers write
 only into `staging/<shard>.<nonce>/`; a folder there is dead once its shard has a marker of another nonce.
+
+A shard that is built anew gets another marker, `00042.r1.json`; of several the highest revision stands. Plans
+are revised in the same way.
 """
 
 from __future__ import annotations
@@ -21,11 +24,12 @@ from batchsd.store import Store
 from batchsd.types import InfrastructureError, OutputFile, Shard, ShardResult, UsageError
 
 DATA = "data"
+FAILED = "failed"  # where a sink puts a table of failed rows
 OURS = "__batchsd"  # `datasets`, Spark and the rest skip names with two underscores in front
 STAGING = f"{OURS}/staging"
 SUCCESS = f"{OURS}/SUCCESS.json"
 STATUS = f"{OURS}/status.json"
-MARKER = re.compile(r"\d{5}\.json")
+MARKER = re.compile(r"(\d{5})(?:\.r(\d+))?\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,7 @@ class Marker:
     plan_hash: str
     facts: Mapping[str, Any]
     timings: Mapping[str, float]
+    revision: int = 0
 
 
 @dataclass(slots=True)
@@ -69,12 +74,23 @@ class Ledger:
         self.store = store
         self.number = number
         self.folder = f"{OURS}/ledger/{number:04d}"
-        self.plan_name = f"{OURS}/plans/{number:04d}.json"
+
+    def plans(self) -> list[Plan]:
+        """The plan and its revisions; the last one stands."""
+        found: list[Plan] = []
+        while data := self.store.read(self._plan_name(len(found))):
+            found.append(from_json(data))
+        return found
 
     def plan(self) -> Plan | None:
         """The plan that stands, or None in a folder that has none yet."""
-        data = self.store.read(self.plan_name)
-        return None if data is None else from_json(data)
+        found = self.plans()
+        return found[-1] if found else None
+
+    def revise(self, plan: Plan) -> None:
+        """Let this plan stand from now on. Raises InfrastructureError where another driver was faster."""
+        if not self.store.create_only(self._plan_name(len(self.plans())), plan.to_json()):
+            raise InfrastructureError(f"{self.store.uri}: another run has just changed the plan; run again")
 
     def begin(self, plan: Plan) -> Plan:
         """Write the plan into a fresh folder, or find the same one there: the run goes on.
@@ -82,7 +98,7 @@ class Ledger:
         Raises UsageError where the folder holds another plan (and how it differs) or what is not ours.
         """
         self.check(plan)
-        self.store.create_only(self.plan_name, plan.to_json())
+        self.store.create_only(self._plan_name(0), plan.to_json())
         self.check(plan)  # another driver may have been faster
         return plan
 
@@ -95,17 +111,22 @@ class Ledger:
             raise UsageError(
                 f"{self.store.uri} holds another run; what differs (there -> now):\n  "
                 + "\n  ".join(lines)
-                + "\nset the old values again to go on with it, or give another output.uri"
+                + "\nset the old values again to go on with it, or give another output.uri (--new names one); "
+                "--update takes up rows that were edited in place"
             )
         return standing
 
     def markers(self) -> Iterator[Marker]:
-        """The marker of each finished shard, in order of shards."""
+        """The marker that stands for each finished shard, in order of shards."""
+        highest: dict[int, int] = {}
         for name in self.store.children(self.folder):
-            if MARKER.fullmatch(name):
-                marker = self._marker(f"{self.folder}/{name}")
-                assert marker is not None, name
-                yield marker
+            if match := MARKER.fullmatch(name):
+                shard, revision = int(match[1]), int(match[2] or 0)
+                highest[shard] = max(revision, highest.get(shard, 0))
+        for shard in sorted(highest):
+            marker = self._marker(shard, highest[shard])
+            assert marker is not None, shard
+            yield marker
 
     def tally(self) -> Tally:
         total = Tally()
@@ -119,11 +140,11 @@ class Ledger:
         Raises UsageError where a published file is gone or has another size and nothing is staged to mend it.
         """
         total = Tally()
-        published = dict(self.store.entries(DATA))
+        published = self.published()
         staged = set(self.store.children(STAGING))
         for marker in self.markers():
             total.add(marker)
-            whole = all(published.get(file.name) == file.bytes for file in marker.files)
+            whole = all(published.get(place_of(file.name)) == file.bytes for file in marker.files)
             if not whole or _staging_name(marker.shard, marker.nonce) in staged:
                 self._publish(marker)
         self._sweep(total.done)
@@ -133,7 +154,7 @@ class Ledger:
         """How many attempts at each unfinished shard have left something in staging."""
         return Counter(int(name.partition(".")[0]) for name in self.store.children(STAGING))
 
-    def commit(self, result: ShardResult, attempt: int, plan: Plan) -> Marker:
+    def commit(self, result: ShardResult, attempt: int, plan: Plan, revision: int = 0) -> Marker:
         """Make a staged shard the one that counts, unless another attempt at it already is.
 
         Gives the marker that stands; repeating the call, at any time, changes nothing.
@@ -152,12 +173,11 @@ class Ledger:
             plan_hash=plan.hash,
             facts=dict(result.facts),
             timings=dict(result.timings),
+            revision=revision,
         )
-        name = f"{self.folder}/{shard.index:05d}.json"
+        name = self._marker_name(shard.index, revision)
         if not self.store.create_only(name, json.dumps(asdict(marker), indent=1).encode()):
-            standing = self._marker(name)
-            assert standing is not None, name
-            marker = standing
+            marker = self._standing(shard.index)
         self._publish(marker)
         self._sweep({shard.index})
         return marker
@@ -183,8 +203,9 @@ class Ledger:
         return total
 
     def succeeded(self) -> bool:
-        """Whether `finish` was reached once."""
-        return self.store.read(SUCCESS) is not None
+        """Whether `finish` was reached, for the plan that stands."""
+        data, plan = self.store.read(SUCCESS), self.plan()
+        return data is not None and plan is not None and json.loads(data)["plan"] == plan.hash
 
     def write_status(self, values: Mapping[str, Any]) -> None:
         self.store.put(STATUS, json.dumps(values, indent=1).encode())
@@ -208,8 +229,21 @@ class Ledger:
                 f"(first: {strangers[0]!r}); nothing was touched: give another folder, or empty it yourself"
             )
 
-    def _marker(self, name: str) -> Marker | None:
-        data = self.store.read(name)
+    def _plan_name(self, revision: int) -> str:
+        return f"{OURS}/plans/{self.number:04d}{_revised(revision)}.json"
+
+    def _marker_name(self, shard: int, revision: int) -> str:
+        return f"{self.folder}/{shard:05d}{_revised(revision)}.json"
+
+    def _standing(self, shard: int) -> Marker:
+        found = self._marker(shard, 0)
+        assert found is not None, shard
+        while later := self._marker(shard, found.revision + 1):
+            found = later
+        return found
+
+    def _marker(self, shard: int, revision: int) -> Marker | None:
+        data = self.store.read(self._marker_name(shard, revision))
         if data is None:
             return None
         values = json.loads(data)
@@ -218,16 +252,31 @@ class Ledger:
 
     def _publish(self, marker: Marker) -> None:
         staging = f"{STAGING}/{_staging_name(marker.shard, marker.nonce)}"
-        moved = [self.store.publish(f"{staging}/{file.name}", f"{DATA}/{file.name}") for file in marker.files]
+        moved = [
+            self.store.publish(f"{staging}/{file.name}", place_of(file.name)) for file in marker.files
+        ]
         if not all(moved):  # moved before, by us or by another driver
-            published = dict(self.store.entries(DATA))
+            published = self.published()
             for file in marker.files:
-                if published.get(file.name) != file.bytes:
+                if published.get(place_of(file.name)) != file.bytes:
                     raise UsageError(
-                        f"{self.store.uri}/{DATA}/{file.name} was complete, and is missing or changed: put "
-                        f"it back, or delete {self.folder}/{marker.shard:05d}.json and run again to redraw it"
+                        f"{self.store.uri}/{place_of(file.name)} was complete, and is missing or changed: put "
+                        f"it back, or delete {self._marker_name(marker.shard, marker.revision)} and run again "
+                        "to redraw it"
                     )
+        self._remove_leftovers(marker)
         self.store.remove(staging)
+
+    def published(self) -> dict[str, int]:
+        """Bytes of every published file, by its place in the run folder."""
+        return {f"{top}/{name}": size for top in (DATA, FAILED) for name, size in self.store.entries(top)}
+
+    def _remove_leftovers(self, marker: Marker) -> None:
+        """Files that the shard had before this revision and has no more."""
+        before = self._marker(marker.shard, marker.revision - 1) if marker.revision else None
+        if before is not None:
+            for name in {file.name for file in before.files} - {file.name for file in marker.files}:
+                self.store.remove(place_of(name))
 
     def _sweep(self, done: Iterable[int]) -> None:
         """Remove what attempts left in staging for shards that are committed: nobody can want it any more."""
@@ -237,9 +286,18 @@ class Ledger:
                 self.store.remove(f"{STAGING}/{name}")
 
 
+def place_of(name: str) -> str:
+    """Where a marker's file is published, relative to the run folder: `failed/...` stays, all else is data."""
+    return name if name.startswith(f"{FAILED}/") else f"{DATA}/{name}"
+
+
 def staging_folder(shard: Shard, nonce: str) -> str:
     """Where an attempt at a shard builds its files, relative to the run folder."""
     return f"{STAGING}/{_staging_name(shard.index, nonce)}"
+
+
+def _revised(revision: int) -> str:
+    return f".r{revision}" if revision else ""
 
 
 def _staging_name(shard: int, nonce: str) -> str:

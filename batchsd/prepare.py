@@ -15,18 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 from batchsd import __version__, plugins
 from batchsd.columns import output_schema
-from batchsd.job import Job, check_names, model_path, pixel_settings
+from batchsd.job import Job, check_names, model_extras, model_options, model_path, pixel_settings
 from batchsd.ledger import Ledger
 from batchsd.manifest import MAX_SHARDS, Manifest, open_manifest
 from batchsd.model.fingerprint import checkpoint_hash
+from batchsd.pinned import FIXED_THREADS, lanes_of, pinned_facts
 from batchsd.plan import Plan
 from batchsd.plugin_source import Source
 from batchsd.plugins import Registry
+from batchsd.prompts import prompts_for
+from batchsd.provenance import Told
 from batchsd.reader import Reader, scan
 from batchsd.rows import Names, row_hasher
 from batchsd.run import Workbench
+from batchsd.sinks.aside import Aside
 from batchsd.store import open_store
-from batchsd.types import Shard, UsageError
+from batchsd.types import Shard, Sink, UsageError
 from batchsd.unbuilt import refuse_unbuilt
 
 if TYPE_CHECKING:
@@ -71,37 +75,50 @@ class Recipe:
         from batchsd.encode import encoder
         from batchsd.engine import Engine
         from batchsd.model.checkpoint import load
+        from batchsd.network import repeatable
 
+        job = self.job
+        if job.run.deterministic:
+            repeatable()
+            threads = FIXED_THREADS
         if threads:
             torch.set_num_threads(threads)
-        job = self.job
         registry = plugins.build(self.plugins, Path())
-        model = load(model_path(job), self.dtype, device or job.model.device)
+        model = load(model_path(job), self.dtype, device or job.model.device, **model_options(job))
         engine = Engine(
             model,
             schedulers=registry.schedulers,
             tasks=registry.tasks,
             encode=encoder(job.output.image.options()),
             settings=engine_settings(job),
+            encode_texts=prompts_for(model, job.conditioning.prompt_syntax, job.conditioning.long_prompts),
         )
-        hasher = row_hasher(self.checkpoint, pixel_settings(job))
         return Workbench(
             generate=engine.generate,
-            read=Reader(self.manifest, job, names_of(registry), hasher).read,
+            read=self.reader(registry).read,
             repeat=job.input.repeat,
-            sink=registry.sinks[job.output.sink],
+            sink=sink_of(job, registry),
             schema=self.schema,
-            store=open_store(self.uri),
+            store=open_store(self.uri, job.run.scratch),
             hook=registry.hook,
+            lap=engine.meter.lap,
             facts={
                 **versions(),
                 "dtype": self.dtype,
                 "device": device_name(model.device),
                 "backend": job.model.backend,
-                "batch_size": engine.settings.lanes,
+                "batch_size": engine.settings.lanes or "auto",
                 "threads": torch.get_num_threads(),
             },
         )
+
+    def reader(self, registry: Registry | None = None) -> Reader:
+        """Reads shards of the manifest, on a worker or anywhere else."""
+        names = names_of(registry or plugins.build(self.plugins, Path()))
+        return Reader(self.manifest, self.job, names, row_hasher(self.checkpoint, pixel_settings(self.job)))
+
+    def sink(self) -> Sink:
+        return sink_of(self.job, plugins.build(self.plugins, Path()))
 
 
 def prepare(job: Job, workers: int, gpu: bool, limit: int | None = None) -> Prepared:
@@ -127,7 +144,7 @@ def prepare(job: Job, workers: int, gpu: bool, limit: int | None = None) -> Prep
         rows_per_shard = standing.rows_per_shard if standing else measured
     shards = first_rows(manifest.shards(rows_per_shard, job.input.repeat), limit)
     path = model_path(job)
-    checkpoint = checkpoint_hash(path)
+    checkpoint = checkpoint_hash(path, model_extras(job))
     dtype = pinned_dtype(job, gpu)
     packed = registry.sources[1:]  # the first is batchsd itself
     facts = {"model": f"{path.name}@{checkpoint[:12]}", "checkpoint": checkpoint, "version": __version__}
@@ -138,6 +155,9 @@ def prepare(job: Job, workers: int, gpu: bool, limit: int | None = None) -> Prep
             **pixel_settings(job),
             "checkpoint": checkpoint,
             "model.dtype": dtype,
+            "output.embed": list(job.output.embed),
+            "output.failed": job.output.failed,
+            **pinned_facts(job, gpu),
             **{f"plugin {source.name}": source.sha256 or source.version for source in packed},
         },
         soft={**versions(), "backend": job.model.backend, "batch_size": job.run.batch_size, "gpu": gpu},
@@ -218,6 +238,14 @@ def first_rows(shards: list[Shard], limit: int | None) -> list[Shard]:
     return [replace(shard, total=len(kept)) for shard in kept]
 
 
+def sink_of(job: Job, registry: Registry) -> Sink:
+    """The job's output layout: pictures that tell what they are, failed rows aside where it says so."""
+    sink = registry.sinks[job.output.sink]
+    if job.output.embed:
+        sink = Told(sink, job.output.embed)
+    return Aside(sink) if job.output.failed == "aside" else sink
+
+
 def pinned_dtype(job: Job, gpu: bool) -> str:
     """One dtype for all workers, part of the plan: "auto" must not change when a run goes on elsewhere."""
     if job.model.dtype != "auto":
@@ -237,12 +265,13 @@ def engine_settings(job: Job) -> Any:
 
     sampler = job.sampler
     options = {name: getattr(sampler, name) for name in ("spacing", "sigmas", "eta", "final_sigma")}
-    settings = Settings(
+    return Settings(
+        lanes=lanes_of(job),
         guidance_rescale=sampler.guidance_rescale,
         guidance_interval=sampler.guidance_interval,
         scheduler_options={name: value for name, value in options.items() if value not in (None, "")},
+        deterministic=job.run.deterministic,
     )
-    return settings if job.run.batch_size == "auto" else replace(settings, lanes=job.run.batch_size)
 
 
 def refuse_bad_rows(problems: Iterator[tuple[str, str]]) -> None:

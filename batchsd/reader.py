@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from posixpath import dirname
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchsd import columns
+from batchsd.cells import Cells
 from batchsd.find import open_parquet, reading
 from batchsd.job import Job
 from batchsd.manifest import InputFile, Manifest
 from batchsd.rows import InvalidText, Names, Resolver, parse_template
-from batchsd.types import Request, RowError, Shard, UsageError
+from batchsd.types import Request, Shard, UsageError
 
 BATCH_ROWS = 1024
 BATCH_BYTES = 32 * 2**20  # decoded; a row that is larger comes alone
@@ -97,12 +99,13 @@ class Reader:
         plan = self._plan
         values = {name: python_values(piece.column(name)) for name in plan.needed}
         kept = pa.Table.from_batches([repaired(piece.select(plan.travelling))])
+        cells = Cells(self.manifest.disk, dirname(file.path))
         for i in range(piece.num_rows):
             theirs = {name: column[i] for name, column in values.items()}
             ours = {name: theirs[source] for name, source in plan.sources.items()}
             row_columns = kept.slice(i, 1)
-            for fields, problem in self._resolver.requests(ours, theirs, f"{file.name}:{first + i}"):
-                error = RowError("bad_input", problem) if problem else None
+            place = f"{file.name}:{first + i}"
+            for fields, error in self._resolver.requests(ours, theirs, place, cells.read):
                 yield Request(index=index, columns=row_columns, error=error, **fields)
                 index += 1
 

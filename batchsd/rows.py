@@ -15,17 +15,19 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
+from batchsd.columns import IMAGE_INPUTS
 from batchsd.job import Job
 from batchsd.job_errors import have
 from batchsd.settings import MAX_SEED, MAX_SIZE, MAX_STEPS, MIN_SIZE
-from batchsd.types import UsageError
+from batchsd.types import RowError, UsageError
 
 MAX_CHARACTERS = 20_000  # far beyond what any text encoder reads; stops a manifest that is not one of prompts
 
 # The settings of a job that each row resolves for itself: they count through the row's own values.
 ROW_SETTINGS = frozenset(
     {f"sampler.{name}" for name in ("scheduler", "steps", "guidance_scale", "height", "width")}
-    | {"conditioning.task", "input.columns", "input.prompt", "run.seed"}
+    | {f"conditioning.{name}" for name in ("task", "strength", "image_guidance_scale", "resize", "paste_back")}
+    | {"input.columns", "input.prompt", "run.seed"}
 )
 
 
@@ -157,17 +159,24 @@ class Resolver:
     template: Template | None = field(default=None)
 
     def requests(
-        self, row: Mapping[str, Any], manifest_row: Mapping[str, Any], place: str
-    ) -> Iterator[tuple[dict[str, Any], str]]:
-        """(fields of Request, what is wrong) for each repeat; what is wrong is "" for a good row.
+        self,
+        row: Mapping[str, Any],
+        manifest_row: Mapping[str, Any],
+        place: str,
+        read_image: Callable[[Any], bytes],
+    ) -> Iterator[tuple[dict[str, Any], RowError | None]]:
+        """(fields of Request, what is wrong) for each repeat.
 
         `row` is by our names, `manifest_row` by the manifest's (for the template); `place` is `<file>:<row>`,
-        the key where the row has no `id`. An explicit seed moves by one a repeat, mod 2^32. Where a value is
-        refused its field is None, except for text, which stays as it was given.
+        the key where the row has no `id`; `read_image` turns an image's cell into file bytes, or raises
+        RowError. An explicit seed moves by one a repeat, mod 2^32. Where a value is refused its field is None,
+        except for text, which stays as it was given.
         """
         problems: list[str] = []
         values = self._values(row, manifest_row, place, problems)
-        seed, inputs = values.pop("seed"), self._inputs(row, values["task"])
+        status = "bad_input" if problems else "bad_image"
+        seed, inputs = values.pop("seed"), self._inputs(row, values["task"], read_image, problems)
+        error = RowError(status, "; ".join(problems)) if problems else None
         for repeat_index in range(self.job.input.repeat):
             fields = values | {"repeat_index": repeat_index, "inputs": inputs}
             if seed == -1:
@@ -175,7 +184,7 @@ class Resolver:
             else:
                 fields["seed"] = None if seed is None else (seed + repeat_index) % 2**32
             fields["row_hash"] = "" if problems else self.hasher(fields)
-            yield fields, "; ".join(problems)
+            yield fields, error
 
     def _values(
         self, row: Mapping[str, Any], manifest_row: Mapping[str, Any], place: str, problems: list[str]
@@ -217,9 +226,27 @@ class Resolver:
             problems.append(str(refusal))
             return value if isinstance(value, str) else None
 
-    def _inputs(self, row: Mapping[str, Any], task: str | None) -> dict[str, Any]:
-        wanted = self.names.tasks.get(task or "", ())
-        return {name: None if _missing(row.get(name)) else row[name] for name in wanted}
+    def _inputs(
+        self,
+        row: Mapping[str, Any],
+        task: str | None,
+        read_image: Callable[[Any], bytes],
+        problems: list[str],
+    ) -> dict[str, Any]:
+        """What the task declared: the row's value, else the job's [conditioning] setting of that name."""
+        inputs: dict[str, Any] = {}
+        for name in self.names.tasks.get(task or "", ()):
+            value = None if _missing(row.get(name)) else row[name]
+            if value is None:
+                value = getattr(self.job.conditioning, name, None)
+            elif name in IMAGE_INPUTS:
+                try:
+                    value = read_image(value)
+                except RowError as error:
+                    problems.append(f"{name}: {error}")
+                    value = None
+            inputs[name] = value
+        return inputs
 
 
 def key_text(name: str, value: Any) -> str:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from batchsd.ledger import staging_folder
 from batchsd.order import RowOrder
+from batchsd.published import reread
 from batchsd.store import Store
 from batchsd.types import (
     BatchsdError,
@@ -45,10 +46,14 @@ Generate = Callable[[Iterable[Source | None]], Records]
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """One attempt at a shard. The nonce names its staging folder, which no other attempt ever uses."""
+    """One attempt at a shard. The nonce names its staging folder, which no other attempt ever uses.
+
+    From revision 1 on the shard is published already: rows that are still right keep their pictures.
+    """
 
     shard: Shard
     nonce: str
+    revision: int = 0
 
 
 class Drained(Exception):
@@ -61,7 +66,10 @@ Take = Callable[[bool], Ticket | None]
 
 @dataclass(frozen=True)
 class Workbench:
-    """All that a worker holds for its whole life. `hook` calls the plugins' watchers."""
+    """All that a worker holds for its whole life. `hook` calls the plugins' watchers.
+
+    `lap` gives the engine's figures since it was last asked: they go into the marker, never into the files.
+    """
 
     generate: Generate
     read: Callable[[Shard], Iterator[Request]]
@@ -71,22 +79,40 @@ class Workbench:
     store: Store
     hook: Any = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    lap: Callable[[], Mapping[str, float]] = dict
 
 
-def work(bench: Workbench, take: Take, announce: Callable[[Progress], None]) -> Iterator[Event]:
+def work(bench: Workbench, take: Take, announce: Callable[[Event], None]) -> Iterator[Event]:
     """Draw the shards of the tickets; yield a Progress for each record and a ShardResult for each shard.
 
-    `announce` is called before a row is drawn, from within the engine's pull: should the row kill this
-    process, its key has already gone out.
+    `announce` is called from within the engine's pull: before a row is drawn, so that its key has gone out
+    should it kill this process; and with all that has to do with rows that need not be drawn.
     """
     writers: dict[Shard, ShardWriter] = {}
 
+    def add(shard: Shard, record: Record) -> Iterator[Event]:
+        progress = writers[shard].add(record)
+        if bench.hook:
+            bench.hook.batch_done(progress=progress)
+        yield progress
+        if writers[shard].full:
+            result = writers.pop(shard).close()
+            if bench.hook:
+                bench.hook.shard_done(shard=shard, result=result)
+            yield result
+
     def rows(writer: ShardWriter) -> Iterator[Request]:
         count = 0
+        published = reread(bench.store, bench.sink, writer.shard, True) if writer.revises else iter(())
         for request in bench.read(writer.shard):
             count += 1
             if count > writer.rows:
                 break
+            before = next(published, None)
+            if before is not None and before.fits(request):
+                for event in add(writer.shard, before.record(request)):
+                    announce(event)
+                continue
             announce(writer.asked(request))
             yield request
         if count != writer.rows:
@@ -112,15 +138,7 @@ def work(bench: Workbench, take: Take, announce: Callable[[Progress], None]) -> 
     records = bench.generate(sources())
     try:
         for shard, record in records:
-            progress = writers[shard].add(record)
-            if bench.hook:
-                bench.hook.batch_done(progress=progress)
-            yield progress
-            if writers[shard].full:
-                result = writers.pop(shard).close()
-                if bench.hook:
-                    bench.hook.shard_done(shard=shard, result=result)
-                yield result
+            yield from add(shard, record)
     finally:
         if hasattr(records, "close"):  # a generator: ends its threads now, not when it is collected
             records.close()
@@ -134,6 +152,7 @@ class ShardWriter:
     def __init__(self, bench: Workbench, ticket: Ticket) -> None:
         self.shard = ticket.shard
         self.rows = ticket.shard.count * bench.repeat
+        self.revises = ticket.revision > 0
         self._bench = bench
         self._nonce = ticket.nonce
         self._staging = staging_folder(ticket.shard, ticket.nonce)
@@ -179,7 +198,11 @@ class ShardWriter:
             failed=dict(self._failed),
             files=files,
             facts=self._bench.facts,
-            timings={"started": round(self._started, 3), "seconds": round(time.time() - self._started, 3)},
+            timings={
+                "started": round(self._started, 3),
+                "seconds": round(time.time() - self._started, 3),
+                **self._bench.lap(),
+            },
         )
 
     def _progress(self, ok: int, failed: int) -> Progress:
@@ -187,13 +210,16 @@ class ShardWriter:
 
 
 def check_staged(folder: Path, rows: int) -> tuple[OutputFile, ...]:
-    """The files that a sink left, hashed from disk. Parquet tables among them must hold `rows` together."""
+    """The files that a sink left, hashed from disk.
+
+    Where all are Parquet tables they must hold `rows` together; where some are, no more than that.
+    """
     import pyarrow.parquet as pq
 
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     tables = [path for path in paths if path.suffix == ".parquet"]
     written = sum(pq.read_metadata(path).num_rows for path in tables)
-    if not paths or (tables and written != rows):
+    if not paths or written > rows or (tables == paths and written != rows):
         raise RuntimeError(f"{folder}: the sink left {len(paths)} files with {written} rows, not {rows}")
     return tuple(
         OutputFile(path.relative_to(folder).as_posix(), path.stat().st_size, sha256_of(path))
@@ -273,7 +299,7 @@ class InProcess:
                 raise Drained
             return ticket
 
-        yield from work(self.build(), take, lambda progress: dispatcher.handle(0, progress))
+        yield from work(self.build(), take, lambda event: dispatcher.handle(0, event))
 
 
 def describe(error: BaseException) -> str:

@@ -40,10 +40,11 @@ class Input(Section):
 class Model(Section):
     path: Text = Field(description="a shipped name, a folder, a single file, or org/name in the hub cache")
     vae: str = ""
-    loras: Texts = ()
+    loras: Texts = Field(default=(), description="files, each with its weight behind a colon: a.safetensors:0.8")
     embeddings: Texts = ()
     clip_skip: Annotated[int, Field(ge=0, le=12)] = 0
     tokenizer: str = ""
+    ema: bool = Field(default=False, description="a single file's averaged U-Net, where it holds two")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     device: Text = "auto"
     backend: Text = "eager"
@@ -88,7 +89,19 @@ class Sampler(Section):
 
 
 class Conditioning(Section):
+    """A manifest column of the same name overrides any of these but the last two for its row."""
+
     task: Text = "text"
+    strength: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        default=None, description="how much of the init image is drawn anew; left out: as diffusers' pipeline"
+    )
+    image_guidance_scale: Finite = Field(default=1.5, description="edit: how closely to follow the image")
+    resize: Literal["crop", "pad", "stretch"] = Field(
+        default="crop", description="how an image of another aspect is brought to the row's size"
+    )
+    paste_back: bool = Field(
+        default=False, description="inpaint: unmasked pixels are the init image's own, to the bit"
+    )
     prompt_syntax: Literal["plain", "a1111"] = "plain"
     long_prompts: Literal["truncate", "chunk"] = "truncate"
 
@@ -124,6 +137,9 @@ class Output(Section):
     image: Image = Image()
     columns: dict[str, Text] = Field(default={}, description="ours = theirs, as { prompt = 'text' }")
     failed: Literal["inline", "aside"] = "inline"
+    embed: Annotated[tuple[Literal["parameters", "row", "xmp"], ...], Field(strict=False)] = Field(
+        default=("parameters", "row", "xmp"), description="what a picture file says of itself; [] is nothing"
+    )
     keep_inputs: bool = False
 
 

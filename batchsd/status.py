@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from batchsd.ledger import Ledger
+from batchsd.lock import gone, read_lock
 from batchsd.store import open_store
 from batchsd.types import UsageError
 
@@ -15,7 +16,8 @@ SILENT = 90.0  # seconds: three times as long as a driver waits between two word
 def read_status(uri: str) -> dict[str, Any]:
     """One flat JSON value. `done` and `failed` count committed rows. Raises UsageError where there is no run.
 
-    `state` is `running`, `stopped`, `failed`, `done`, or `dead since ...` where a driver said no more.
+    `state` is `running`, `stopped`, `failed`, `done`, or `dead since ...` where the driver is no more, or
+    neither it nor its lock's heartbeat was heard of for `SILENT` seconds.
     """
     ledger = Ledger(open_store(uri))
     plan = ledger.plan()
@@ -23,8 +25,10 @@ def read_status(uri: str) -> dict[str, Any]:
         raise UsageError(f"{uri}: no run of batchsd is here (no plan)")
     tally, said = ledger.tally(), ledger.status() or {}
     state, updated = said.get("state", "planned"), said.get("updated", 0.0)
-    if state == "running" and time.time() - updated > SILENT:
-        state = f"dead since {time.strftime('%Y-%m-%d %H:%M', time.localtime(updated))}, run it again"
+    holder = read_lock(ledger.store)
+    heard = max(updated, holder["at"] if holder else 0.0)
+    if state == "running" and (time.time() - heard > SILENT or (holder and gone(holder))):
+        state = f"dead since {time.strftime('%Y-%m-%d %H:%M', time.localtime(heard))}, run it again"
     rate = said.get("pictures_per_second", 0.0) if state == "running" else 0.0
     return {
         "state": state,

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from batchsd.types import InfrastructureError, UsageError
 
@@ -34,6 +34,10 @@ class Store(Protocol):
         """The file's bytes, or None where there is none."""
         ...
 
+    def open(self, name: str) -> BinaryIO:
+        """The file, to be read at any place."""
+        ...
+
     def entries(self, folder: str) -> Iterator[tuple[str, int]]:
         """All files below `folder` as (name relative to it, bytes), in no order; none where it is absent."""
         ...
@@ -47,7 +51,7 @@ class Store(Protocol):
         ...
 
     def remove(self, folder: str) -> None:
-        """Remove a folder and all in it; one that is absent, or that others remove as well, is fine."""
+        """Remove a file, or a folder and all in it; one that is absent, or that others remove too, is fine."""
         ...
 
     def scratch(self, folder: str) -> Path:
@@ -60,11 +64,15 @@ class Store(Protocol):
 
 
 class LocalStore:
-    """A run folder on a local or shared POSIX file system that has hard links and atomic rename."""
+    """A run folder on a local or shared POSIX file system that has hard links and atomic rename.
 
-    def __init__(self, root: Path) -> None:
+    Workers build their files in `build_in`, where it is given, else in the staging folder itself.
+    """
+
+    def __init__(self, root: Path, build_in: Path | None = None) -> None:
         self.root = root
         self.uri = str(root)
+        self.build_in = build_in
 
     def create_only(self, name: str, data: bytes) -> bool:
         path = self._path(name)
@@ -89,6 +97,11 @@ class LocalStore:
                 return path.read_bytes()
             except (FileNotFoundError, NotADirectoryError):
                 return None
+
+    def open(self, name: str) -> BinaryIO:
+        path = self._path(name)
+        with self._trouble(path):
+            return path.open("rb")
 
     def entries(self, folder: str) -> Iterator[tuple[str, int]]:
         top = self._path(folder)
@@ -119,11 +132,13 @@ class LocalStore:
 
     def remove(self, folder: str) -> None:
         path = self._path(folder)
+        with suppress(OSError):
+            path.unlink()
+            return
         shutil.rmtree(path, ignore_errors=True)
 
     def scratch(self, folder: str) -> Path:
-        """Here the staging folder itself: it must lie in the file system of `data/` to be renamed."""
-        path = self._path(folder)
+        path = self._path(folder) if self.build_in is None else self.build_in / _flat(folder)
         with self._trouble(path):
             _make_folder(path.parent)
             path.mkdir()
@@ -132,6 +147,9 @@ class LocalStore:
     def hand_in(self, folder: str) -> None:
         path = self._path(folder)
         with self._trouble(path):
+            if self.build_in is not None:  # staging must lie in the file system of `data/`, to be renamed
+                _make_folder(path.parent)
+                shutil.move(self.build_in / _flat(folder), path)
             for below, _, names in os.walk(path):
                 for name in names:
                     with open(os.path.join(below, name), "rb") as file:
@@ -171,14 +189,22 @@ class LocalStore:
             raise InfrastructureError(f"{path}: {error.strerror or error}") from error
 
 
-def open_store(uri: str) -> Store:
-    """The store of a run folder. Raises UsageError for a storage that is not known."""
+def open_store(uri: str, scratch: str = "") -> Store:
+    """The store of a run folder; workers build in the local folder `scratch`, where it is given.
+
+    Raises UsageError for a storage that is not known.
+    """
     if "://" in uri and not uri.startswith("file://"):
         raise UsageError(f"output.uri: {uri!r}: only local folders can be written; give a path")
     root = Path(uri.removeprefix("file://")).absolute()
     if root.exists() and not root.is_dir():
         raise UsageError(f"output.uri: {root} is a file; give a folder")
-    return LocalStore(root)
+    return LocalStore(root, Path(scratch).absolute() if scratch else None)
+
+
+def _flat(folder: str) -> str:
+    """One name for a staging folder: many runs may share a scratch folder, and the nonce tells them apart."""
+    return f"batchsd-{folder.rpartition('/')[2]}"
 
 
 def _make_folder(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from batchsd.card import write_card
 from batchsd.ledger import Tally
 from batchsd.prepare import Prepared
 from batchsd.progress import duration, failures
@@ -38,10 +39,11 @@ def counts(tally: Tally) -> str:
 
 
 def made(prepared: Prepared, total: Tally, seconds: float) -> str:
-    """The last line: what was made, where, and how to open it."""
+    """The last line: what was made, where, and how to open it. Writes the dataset's card and the contact sheet."""
     folder = Path(prepared.ledger.store.uri)
+    write_card(prepared.ledger.store, prepared.plan, total, prepared.recipe.schema)
     parts = f"{counts(total)} in {duration(seconds)} -> {shown(folder)}"
-    if prepared.plan.sink != "parquet":
+    if prepared.plan.sink != "parquet" or not list((folder / "data").glob("*.parquet")):
         return parts
     from batchsd.contact import write_contact_sheet
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
     import torch
 
@@ -130,12 +131,26 @@ class Blend:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """Pixels put back into the finished picture: where `mask_HW` (bool) is False, those of `picture_HW3` (uint8)."""
+
+    mask_HW: np.ndarray
+    picture_HW3: np.ndarray
+
+    def into(self, drawn_HW3: np.ndarray) -> np.ndarray:
+        """The drawn picture with the kept pixels in their places."""
+        mask_HW1 = self.mask_HW[..., None]
+        return drawn_HW3 * mask_HW1 + self.picture_HW3 * ~mask_HW1
+
+
+@dataclass(frozen=True, slots=True)
 class Conditioning:
     """What the network is told for one row, in a form that holds every task.
 
     The guided prediction is sum_i weights(sigma)[i] * prediction of branches[i]; a branch of weight 0 is not
     evaluated. `noise_CHW` is the row's first draw at latent size; the walk starts from it alone, or, where
-    `clean_CHW` is given, from alpha * clean + sigma * noise after skipping `begin` of the row's steps.
+    `clean_CHW` is given, from alpha * clean + sigma * noise after skipping `begin` of the row's steps. Where all
+    steps are skipped the picture is `clean_CHW`, decoded.
     """
 
     branches: tuple[Branch, ...]
@@ -144,6 +159,7 @@ class Conditioning:
     clean_CHW: torch.Tensor | None = None
     begin: int = 0
     blend: Blend | None = None
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +180,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """One staged file: its name below the run's `data/`, size in bytes and sha256 in hex."""
+    """One staged file: its name (`failed/...` stays, all others are below the run's `data/`), bytes, sha256 in hex."""
 
     name: str
     bytes: int
@@ -241,6 +257,10 @@ class ModelFacts(Protocol):
 
     def encode_image(self, image_3HW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Pixels in [-1, 1] -> a scaled draw of the VAE's posterior, C H/8 W/8, in float32."""
+        ...
+
+    def encode_mode(self, image_3HW: torch.Tensor) -> torch.Tensor:
+        """Pixels in [-1, 1] -> the posterior's mode as the VAE has it, not scaled: C H/8 W/8, in float32."""
         ...
 
 

@@ -1,6 +1,6 @@
 """Settings that the job format has and that this version cannot act on yet.
 
-They are refused, not ignored: a run that silently leaves out a LoRA is worse than none.
+They are refused, not ignored: a run that silently leaves out a setting is worse than none.
 """
 
 from __future__ import annotations
@@ -9,18 +9,7 @@ from batchsd.job import Job
 from batchsd.types import UsageError
 
 NOT_BUILT = {
-    "model.vae": "another VAE than the checkpoint's own",
-    "model.loras": "LoRA weights",
-    "model.embeddings": "textual inversion",
-    "model.clip_skip": "clip skip",
-    "model.tokenizer": "another tokenizer than the checkpoint's own",
     "model.backend": "another backend than eager torch",
-    "conditioning.prompt_syntax": "weights in prompts",
-    "conditioning.long_prompts": "prompts in several chunks",
-    "output.failed": "a table of their own for failed rows",
-    "run.deterministic": "bytes that do not depend on the batch",
-    "run.deadline": "an end by the clock",
-    "run.scratch": "another scratch folder than the output's own",
 }
 
 

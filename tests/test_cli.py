@@ -171,6 +171,33 @@ def test_ray_run_with_clean_output(job: Path, batchsd: Run, capfd: pytest.Captur
     assert pq.read_table("out/run1/data").column("id").to_pylist() == [f"row{i}" for i in range(8)]
 
 
+def test_edit_update_retry_verify(job: Path, batchsd: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert batchsd("run", "job.toml") == 0
+    old = pq.read_table("out/run1/data").column("image").to_pylist()
+    prompts = pq.read_table("prompts.parquet").to_pydict()
+    prompts["prompt"][6] = "a blue cone"
+    pq.write_table(pa.table(prompts), "prompts.parquet")
+    assert batchsd("run", "job.toml") == 2
+    assert "--update takes up rows" in capsys.readouterr().err
+    assert batchsd("run", "job.toml", "--update") == 0
+    assert "4 are done, 1 shards are built anew" in capsys.readouterr().err
+    new = pq.read_table("out/run1/data").column("image").to_pylist()
+    assert [i for i in range(8) if old[i] != new[i]] == [6]
+    assert batchsd("retry", "out/run1") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert batchsd("verify", "out/run1") == 0
+    assert capsys.readouterr().out.startswith("2 shards, 8 rows, 8 pictures, ")
+    assert batchsd("run", "job.toml", "--new") == 0
+    (beside,) = Path("out").glob("run1-*")
+    assert pq.read_table(beside / "data").column("image").to_pylist() == new
+    next(Path("out/run1/data").iterdir()).unlink()
+    assert batchsd("verify", "out/run1") == 1
+    Path("out/run1/__batchsd/lock.json").write_text(
+        json.dumps({"host": "h", "space": "", "pid": 1, "nonce": "n", "beat": 1, "at": 0})
+    )
+    assert batchsd("status", "out/run1") == 0
+
+
 @contextmanager
 def started(arguments: list[str], file: str) -> Iterator[subprocess.Popen[str]]:
     """A run in a process of its own, once it has written that file."""

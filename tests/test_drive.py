@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import datetime
 import json
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import draw, expected, lanes, plan_of, published, run_all, shards_of
+from fakes import draw, expected, lanes, plan_of, published, run_all, shards_of, workbench
 
-from batchsd.drive import Drive, Stop, Stopped, TooManyFailed
+from batchsd.drive import Drive, Stop, Stopped, TooManyFailed, deadline_of, drive
 from batchsd.ledger import Ledger, Tally
+from batchsd.run import InProcess
 from batchsd.store import LocalStore
 from batchsd.types import InfrastructureError, Progress, Record, Request, Shard
 
@@ -135,3 +138,50 @@ def test_a_stop_at_the_very_end_is_no_failure(tmp_path: Path) -> None:
     store, stop = LocalStore(tmp_path), Stop(grace=60)
     run_all(store, SHARDS, stopping(stop, 31), stop=stop)
     assert (tmp_path / "__batchsd/SUCCESS.json").exists()
+
+
+def test_the_deadline_is_the_next_time_of_that_name() -> None:
+    now = datetime.datetime(2026, 11, 22, 23, 30)
+
+    def at(text: str) -> datetime.datetime:
+        seconds = deadline_of(text, now)
+        assert seconds is not None
+        return datetime.datetime.fromtimestamp(seconds)
+
+    assert deadline_of("", now) is None
+    assert at("05:00") == datetime.datetime(2026, 11, 23, 5)
+    assert at("23:45") == datetime.datetime(2026, 11, 22, 23, 45)
+    assert at("2026-11-20T01:02:03") == datetime.datetime(2026, 11, 20, 1, 2, 3)
+
+
+def test_a_run_stops_at_its_deadline(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    slow = partial(lanes, seconds=0.02)
+    with pytest.raises(Stopped, match=r"run\.deadline") as stopped:
+        run_all(store, SHARDS, slow, stop=Stop(60, deadline=time.time() + 0.2))
+    assert stopped.value.exit_code == 75
+    assert 0 < len(Ledger(store).tally().done) < 8
+    run_all(store, SHARDS)
+    assert published(tmp_path) == expected(SHARDS)
+
+
+def test_a_driver_without_the_lock_commits_nothing_and_says_nothing(tmp_path: Path) -> None:
+    ledger, lost = Ledger(LocalStore(tmp_path)), []
+    plan = ledger.begin(plan_of(SHARDS))
+
+    def record(request: Request) -> Record:
+        if request.seed == 9:
+            lost.append(True)
+        return draw(request)
+
+    def check_lock() -> None:
+        if lost:
+            raise InfrastructureError("another run")
+
+    executor = InProcess(partial(workbench, ledger.store, partial(lanes, record=record)))
+    arguments = (SHARDS, executor, Stop(1), 0, lambda at: None, lambda text: None, check_lock)
+    with pytest.raises(InfrastructureError, match="another run"):
+        drive(ledger, plan, Tally(), *arguments)
+    assert 0 < len(ledger.tally().done) < 4
+    status = ledger.status()
+    assert status is not None and status["state"] == "running", "status.json is the holder's"

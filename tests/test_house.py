@@ -22,22 +22,36 @@ LONGEST = 330  # lines; a longer file is two files
 MAY_IMPORT = {
     # the command line
     "__main__": "cli",
-    "cli": "drive job ledger manifest place plugins prepare progress reader status store summary",
-    "summary": "contact ledger prepare progress",
-    "status": "ledger store",
+    "cli": "drive export job ledger lock manifest model place plugins prepare progress reader report "
+    "revise status store summary verify",
+    "report": "redact reread",
+    "export": "card ledger reread run store",
+    "reread": "columns ledger plan store",
+    "summary": "card contact ledger prepare progress",
+    "status": "ledger lock store",
+    "verify": "columns ledger store",
+    "card": "columns ledger plan redact store",
     "contact": "columns",
+    "revise": "columns job ledger plan prepare published store",
     "place": "cluster job prepare run",
     "cluster": "actor run",
     "actor": "run",
     "drive": "ledger plan progress run",
-    "prepare": "columns diffusion encode engine job ledger manifest model plan plugin_source plugins reader "
-    "rows run store unbuilt",
+    "prepare": "columns diffusion encode engine job ledger manifest model network pinned plan plugin_source plugins "
+    "prompts provenance reader rows run sinks store unbuilt",
     # the trainer, which draws with what it has trained
     "training": "diffusion engine model tasks",
     # the worker
-    "run": "ledger order store",
-    "engine": "diffusion lanes model",
-    "lanes": "diffusion model",
+    "run": "ledger order published store",
+    "published": "columns ledger provenance store",
+    "provenance": "columns",
+    "engine": "batch_size diffusion flow intake lanes meter model network",
+    "flow": "intake lanes meter network",
+    "batch_size": "model",
+    "lanes": "diffusion network",
+    "network": "meter model",
+    "intake": "",
+    "meter": "",
     "order": "",
     # plugins
     "testing": "columns diffusion encode job",
@@ -45,14 +59,17 @@ MAY_IMPORT = {
     "plugins": "diffusion hookspecs plugin_source",
     "plugin_source": "",
     "hookspecs": "diffusion",
-    "tasks": "",
+    "tasks": "images settings",
+    "images": "",
     "sinks": "columns",
     # input, output and the ledger
-    "reader": "columns find job manifest rows",
+    "reader": "cells columns find job manifest rows",
     "manifest": "columns find job job_errors rows",
-    "rows": "job job_errors settings",
+    "rows": "columns job job_errors settings",
+    "cells": "find redact",
     "columns": "job job_errors redact",
     "find": "redact",
+    "lock": "store",
     "ledger": "plan store",
     "plan": "",
     "store": "",
@@ -60,12 +77,14 @@ MAY_IMPORT = {
     "encode": "",
     # the job
     "unbuilt": "job",
-    "job": "job_errors job_sources redact settings",
+    "pinned": "job",
+    "job": "job_errors job_sources model redact settings",
     "settings": "",
     "job_errors": "job_sources redact",
     "job_sources": "",
     "redact": "",
     # the mathematics, which know nothing of all that
+    "prompts": "model",
     "model": "",
     "diffusion": "",
     # the vocabulary
@@ -88,7 +107,7 @@ DOORS = {
 
 # Slow to import: at the top of a file only in these rooms, elsewhere inside the function that needs it.
 AT_THE_TOP = {
-    "torch": "engine lanes model diffusion training",
+    "torch": "batch_size engine flow lanes network model diffusion training",
     "transformers": "",
     "ray": "",
 }
@@ -97,7 +116,7 @@ AT_THE_TOP = {
 ONLY = {
     "model": "torch numpy transformers safetensors",
     "diffusion": "torch numpy",
-    "types": "torch pyarrow",
+    "types": "torch numpy pyarrow",
 }
 
 PRINTERS = "cli training"

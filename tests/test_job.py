@@ -50,6 +50,7 @@ loras = ["a.safetensors"]
 embeddings = ["b.pt"]
 clip_skip = 1
 tokenizer = "tok"
+ema = true
 dtype = "float32"
 device = "cpu"
 backend = "other"
@@ -67,6 +68,10 @@ guidance_interval = [0, 10.5]
 final_sigma = "zero"
 [conditioning]
 task = "image"
+strength = 0.5
+image_guidance_scale = 2.0
+resize = "pad"
+paste_back = true
 prompt_syntax = "a1111"
 long_prompts = "chunk"
 [output]
@@ -76,6 +81,7 @@ rows_per_shard = 5
 image = { format = "jpg", quality = 90 }
 columns = { image = "picture" }
 failed = "aside"
+embed = ["row"]
 keep_inputs = true
 [run]
 seed = 3
@@ -122,6 +128,16 @@ def test_a_model_is_a_shipped_name_a_path_or_a_hub_name(here):
         UsageError, match=f"^--set model.path: model.path: no file or folder {here}/none/x/y$"
     ):
         model_path(job(sets=("model.path=none/x/y",)))
+
+
+def test_a_hub_name_comes_from_the_local_cache_only(here, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(here / "hub"))
+    asked = job(sets=("model.path=org/name",))
+    said = "org/name is no path and not in the local hub cache; `hf download org/name` fetches it"
+    with pytest.raises(UsageError, match=f"^--set model.path: model.path: {said}$"):
+        model_path(asked)
+    (here / "hub/models--org--name/snapshots/abc").mkdir(parents=True)
+    assert model_path(asked) == here / "hub/models--org--name/snapshots/abc"
 
 
 def test_unknown_names_are_refused_at_their_line(here):

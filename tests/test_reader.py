@@ -156,10 +156,21 @@ def test_only_the_columns_of_the_rows_task_are_its_inputs():
     text, _ = reader(job()).read(shard(0, 0, 2))
     assert text.inputs == {} and text.columns.column_names == ["prompt", "strength"]
     first, second = reader(job("conditioning.task=image")).read(shard(0, 0, 2))
-    assert first.inputs == {"init_image": {"bytes": b"x", "path": "p"}, "strength": 0.5}
+    assert first.inputs == {"init_image": b"x", "strength": 0.5}
     assert second.inputs["strength"] is None
     kept, _ = reader(job("output.keep_inputs=true")).read(shard(0, 0, 2))
     assert kept.columns.column_names == ["prompt", "init_image", "strength"]
+
+
+def test_images_are_read_from_beside_the_manifest():
+    whole = str(Path("in/pictures/a.png").absolute())
+    write({"prompt": ["a"] * 3, "init_image": ["pictures/a.png", "no.png", whole]})
+    Path("in/pictures").mkdir()
+    Path("in/pictures/a.png").write_bytes(b"a picture")
+    beside, missing, absolute = reader(job("conditioning.task=image")).read(shard(0, 0, 3))
+    assert beside.inputs["init_image"] == absolute.inputs["init_image"] == b"a picture"
+    assert missing.error.status == "bad_image" and str(missing.error) == "init_image: no.png: no such file"
+    assert beside.error is None and beside.columns.column("init_image").to_pylist() == ["pictures/a.png"]
 
 
 def test_a_small_file_of_long_repeated_values_is_read_in_small_pieces():

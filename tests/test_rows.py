@@ -22,6 +22,7 @@ from batchsd.rows import (
     text,
     whole,
 )
+from batchsd.types import RowError
 
 NAMES = Names(("euler", "ddim", "model"), {"text": (), "image": ("init_image", "strength")})
 
@@ -38,8 +39,15 @@ def make(tmp_path_factory):
     return make_job
 
 
+def read_image(cell) -> bytes:
+    if cell == "missing.png":
+        raise RowError("bad_image", "missing.png: no such file")
+    return cell["bytes"] if isinstance(cell, dict) else bytes(cell)
+
+
 def resolve(job: Job, row: dict, place: str = "p.parquet:3", hasher=None) -> list[tuple[dict, str]]:
-    return list(Resolver(job, NAMES, hasher or (lambda fields: "h")).requests(row, row, place))
+    found = Resolver(job, NAMES, hasher or (lambda fields: "h")).requests(row, row, place, read_image)
+    return [(fields, str(error or "")) for fields, error in found]
 
 
 @given(
@@ -109,13 +117,26 @@ def test_templates_that_are_refused(broken):
         Template.parse(broken)
 
 
+def test_an_image_that_cannot_be_read_is_bad_image(make):
+    def status(**row) -> tuple[str, str]:
+        resolver = Resolver(make("conditioning.task=image"), NAMES, lambda fields: "h")
+        ((_, error),) = resolver.requests({"prompt": "a", **row}, {}, "p:0", read_image)
+        assert error is not None
+        return error.status, str(error)
+
+    missing = "init_image: missing.png: no such file"
+    assert status(init_image="missing.png") == ("bad_image", missing)
+    both = f"steps: 0 is outside 1 to 1000; {missing}"
+    assert status(init_image="missing.png", steps=0) == ("bad_input", both)
+
+
 def test_a_template_needs_its_columns(make):
     job = make("input.prompt=a {color} {shape}, {{x}}")
     resolver = Resolver(job, NAMES, lambda fields: "h", Template.parse(job.input.prompt))
 
     def prompt(**row):
-        ((fields, problem),) = resolver.requests({}, row, "p:0")
-        return fields["prompt"], problem
+        ((fields, problem),) = resolver.requests({}, row, "p:0", bytes)
+        return fields["prompt"], str(problem or "")
 
     assert prompt(color="red", shape="cube") == ("a red cube, {x}", "")
     assert prompt(color="", shape=3) == ("a  3, {x}", "")
@@ -252,7 +273,8 @@ def test_row_hashes_see_every_pixel_input_and_nothing_else(make):
         hashed(seed=1, scheduler="ddim"), hashed(seed=1, checkpoint="d"), hashed("sampler.eta=1", seed=1),
         hashed("conditioning.prompt_syntax=a1111", seed=1), hashed("output.image.compress_level=9", seed=1),
         hashed(seed=1, task="image"), hashed(seed=1, task="image", init_image=b"x"),
-        hashed(seed=1, task="image", init_image=b"y"), hashed(seed=1, task="image", init_image="x"),
-        hashed(seed=1, task="image", init_image={"bytes": b"x", "path": None}), hashed(),
+        hashed(seed=1, task="image", init_image=b"y"), hashed(seed=1, task="image", strength=0.5), hashed(),
     ]  # fmt: skip
+    of_content = hashed(seed=1, task="image", init_image={"bytes": b"x", "path": None}, strength=0.5)
+    assert of_content == hashed("conditioning.strength=0.5", seed=1, task="image", init_image=b"x")
     assert len({base, *others}) == len(others) + 1

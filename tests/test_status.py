@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from fakes import plan_of, run_all, shards_of
 
 from batchsd.drive import Stop, Stopped
 from batchsd.ledger import Ledger
+from batchsd.lock import LOCK, here
 from batchsd.status import read_status
 from batchsd.store import LocalStore
 from batchsd.types import UsageError
@@ -48,3 +50,19 @@ def test_a_driver_that_says_no_more_is_dead(tmp_path: Path) -> None:
     said(tmp_path, updated=time.time() - 1000)
     found = read_status(str(tmp_path))
     assert found["state"].startswith("dead since 2") and found["seconds_left"] is None
+
+
+def test_a_driver_that_is_no_more_is_dead_at_once_and_a_beating_lock_is_alive(tmp_path: Path) -> None:
+    run_all(LocalStore(tmp_path), SHARDS)
+    said(tmp_path, state="running", updated=time.time() - 1000)
+
+    def lock(**changes: object) -> None:
+        values = {**here(), "nonce": "n", "beat": 1, "at": time.time(), **changes}
+        LocalStore(tmp_path).put(LOCK, json.dumps(values).encode())
+
+    lock()
+    assert read_status(str(tmp_path))["state"] == "running"
+    child = subprocess.Popen(["true"])
+    child.wait()
+    lock(pid=child.pid)
+    assert read_status(str(tmp_path))["state"].startswith("dead since 2")

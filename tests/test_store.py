@@ -74,3 +74,14 @@ def test_open_store_refuses_what_it_cannot_write(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="is a file"):
         open_store(str(tmp_path / "file"))
+
+
+def test_a_scratch_folder_elsewhere_is_where_files_are_built(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "run"), str(tmp_path / "fast"))
+    folder = store.scratch("staging/00007.abc")
+    assert folder.is_relative_to(tmp_path / "fast") and not (tmp_path / "run").exists()
+    (folder / "x.parquet").write_bytes(b"x")
+    store.hand_in("staging/00007.abc")
+    assert store.publish("staging/00007.abc/x.parquet", "data/x.parquet")
+    assert store.read("data/x.parquet") == b"x"
+    assert list((tmp_path / "fast").iterdir()) == []

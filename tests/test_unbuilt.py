@@ -11,18 +11,7 @@ from batchsd.types import UsageError
 from batchsd.unbuilt import NOT_BUILT, refuse_unbuilt
 
 VALUES = {
-    "model.vae": "v.safetensors",
-    "model.loras": ["l.safetensors"],
-    "model.embeddings": ["e.pt"],
-    "model.clip_skip": 1,
-    "model.tokenizer": "./t",
     "model.backend": "other",
-    "conditioning.prompt_syntax": "a1111",
-    "conditioning.long_prompts": "chunk",
-    "output.failed": "aside",
-    "run.deterministic": "true",
-    "run.deadline": "05:00",
-    "run.scratch": "s",
 }
 
 

@@ -11,8 +11,10 @@ import sys
 
 import click
 
-from batchsd.cli.look import plan, plugins, schema, status, validate
-from batchsd.cli.run import run
+from batchsd.cli.export import export, report
+from batchsd.cli.look import inspect, plan, plugins, schema, status, validate
+from batchsd.cli.operate import verify
+from batchsd.cli.run import retry, run
 from batchsd.cli.terminal import say
 from batchsd.types import BatchsdError
 
@@ -43,5 +45,5 @@ def commands() -> None:
     """Turn a Parquet manifest of prompts into a dataset of pictures."""
 
 
-for command in (run, plan, validate, status, plugins, schema):
+for command in (run, plan, validate, status, retry, verify, export, report, inspect, plugins, schema):
     commands.add_command(command)

@@ -92,6 +92,20 @@ def plugins(job: str | None, sets: tuple[str, ...], as_json: bool) -> None:
 
 
 @click.command()
+@click.argument("model")
+@json_option
+def inspect(model: str, as_json: bool) -> None:
+    """Say what MODEL (a shipped name, a folder, a file, org/name) is, without loading its weights."""
+    from batchsd.job import find_model
+    from batchsd.model.inspect import describe, inspect_checkpoint
+
+    facts = inspect_checkpoint(Path(model) if Path(model).exists() else find_model(model, "inspect"))
+    click.echo(json.dumps(facts, indent=1) if as_json else "\n".join(describe(facts)))
+    if any(network["problems"] for network in facts["networks"].values()):
+        raise SystemExit(1)
+
+
+@click.command()
 def schema() -> None:
     """The JSON Schema of a job file, for editors."""
     from batchsd.job import json_schema

@@ -32,8 +32,11 @@ def weighted_sum(outputs: torch.Tensor, lanes: torch.Tensor, weights: torch.Tens
     lanes int64 [R, B] says where each row's branches were evaluated, weights [R, B]; a row with fewer
     branches repeats one of its own lanes at weight 0, so that no row meets another's nan (0 * nan is nan).
     """
-    picked = outputs[lanes]
-    return (weights.to(picked).reshape(*weights.shape, *[1] * (picked.ndim - 2)) * picked).sum(1)
+    factors = weights.to(outputs).reshape(*weights.shape, *[1] * (outputs.ndim - 1))
+    guided = factors[:, 0] * outputs[lanes[:, 0]]
+    for i in range(1, lanes.shape[1]):  # term by term: the order of a sum must not depend on the number of rows
+        guided = guided + factors[:, i] * outputs[lanes[:, i]]
+    return guided
 
 
 def rescaled(guided: torch.Tensor, positive: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:

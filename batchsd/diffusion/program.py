@@ -72,6 +72,15 @@ class Program:
         return np.column_stack([*singles, self.b, self.c, self.alpha, self.sigma, self.call_sigma])
 
 
+def still() -> Program:
+    """A walk of no steps from a clean latent: it ends where it starts."""
+    none = np.zeros(0)
+    singles = dict.fromkeys(("timesteps", "in_scale", "c_skip", "c_out", "a", "a_prev"), none)
+    tables = {"b": np.zeros((0, HISTORY)), "c": np.zeros((0, NOISES)), "draws": np.zeros(0, int)}
+    levels = {"alpha": none, "sigma": none, "call_sigma": none}
+    return Program(**singles, **tables, **levels, init_noise=0.0, init_alpha=1.0, init_sigma=0.0)
+
+
 # -- the fused update
 
 
@@ -125,9 +134,12 @@ def update(
     h = along(lines.c_skip, x) * x + along(lines.c_out, out) * out
     history = torch.cat([h[:, None], history[:, : HISTORY - 1]], dim=1)
     moved = along(lines.a, x) * x + along(lines.a_prev, x) * x_prev
-    moved = moved + (along(lines.b, history) * history).sum(1)
+    # Term by term: how torch splits a sum depends on the number of rows, and with it the last bits.
+    for k in range(HISTORY):
+        moved = moved + along(lines.b[:, k], x) * history[:, k]
     if noise is not None:
-        moved = moved + (along(lines.c, noise) * noise).sum(1)
+        for j in range(NOISES):
+            moved = moved + along(lines.c[:, j], x) * noise[:, j]
     return moved, x, history
 
 

@@ -1,6 +1,6 @@
 """The shapes of a checkpoint, read from the `config.json` files of a diffusers-layout folder.
 
-Only what Stable Diffusion 1.x/2.x and smaller models of that kind use is understood. A key that would change
+Only what Stable Diffusion 1.x, 2.x, XL and smaller models of that kind use is understood. A key that would change
 the network and is not understood is refused by name: a picture drawn by half a network helps nobody.
 """
 
@@ -16,14 +16,14 @@ from batchsd.types import UsageError
 
 # Keys of diffusers' UNet2DConditionModel that change the network, and the only value that we draw with.
 _UNET_FIXED: dict[str, Any] = {
-    "act_fn": "silu", "addition_embed_type": None, "attention_type": "default", "center_input_sample": False,
+    "act_fn": "silu", "attention_type": "default", "center_input_sample": False,
     "class_embed_type": None, "class_embeddings_concat": False, "conv_in_kernel": 3, "conv_out_kernel": 3,
     "cross_attention_norm": None, "dual_cross_attention": False, "encoder_hid_dim": None,
     "encoder_hid_dim_type": None, "mid_block_only_cross_attention": None, "mid_block_scale_factor": 1,
     "mid_block_type": "UNetMidBlock2DCrossAttn", "num_attention_heads": None, "num_class_embeds": None,
     "only_cross_attention": False, "resnet_out_scale_factor": 1.0, "resnet_skip_time_act": False,
     "resnet_time_scale_shift": "default", "reverse_transformer_layers_per_block": None,
-    "time_cond_proj_dim": None, "time_embedding_act_fn": None, "time_embedding_dim": None,
+    "time_embedding_act_fn": None, "time_embedding_dim": None,
     "time_embedding_type": "positional", "timestep_post_act": None, "dropout": 0.0,
 }  # fmt: skip
 _VAE_FIXED: dict[str, Any] = {"act_fn": "silu"}
@@ -54,6 +54,17 @@ class UNetConfig:
     flip_sin_to_cos: bool = True
     freq_shift: float = 0.0
     sample_size: int = 64
+    # Transformer blocks in each attention of a level; the middle has the innermost level's. Empty: one everywhere.
+    transformer_layers: tuple[int, ...] = ()
+    # SDXL: numbers that a size or crop becomes, and the width of [pooled text, sizes and crops]; 0: it has none.
+    added_time_dim: int = 0
+    added_dim: int = 0
+    # Distilled with the guidance as an input (LCM): numbers that the guidance becomes; 0: it has none.
+    guidance_dim: int = 0
+
+    def depth(self, level: int) -> int:
+        """Transformer blocks in an attention of that level."""
+        return self.transformer_layers[level] if self.transformer_layers else 1
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,8 @@ class VAEConfig:
     quant_conv: bool = True
     post_quant_conv: bool = True
     mid_attention: bool = True
+    # SDXL's own decoder overflows float16 and gives black pictures.
+    force_upcast: bool = False
 
     @property
     def factor(self) -> int:
@@ -99,8 +112,8 @@ def _refuse_unknown(config: Mapping[str, Any], fixed: Mapping[str, Any], where: 
 
 def _per_level(value: Any, levels: int, key: str, where: str) -> tuple[int, ...]:
     values = (value,) * levels if isinstance(value, int) else tuple(value)
-    if len(values) != levels:
-        raise UsageError(f"{where}: {key} has {len(values)} entries for {levels} levels")
+    if len(values) != levels or not all(isinstance(each, int) for each in values):
+        raise UsageError(f"{where}: {key} has {len(values)} entries for {levels} levels: {value}")
     return values
 
 
@@ -119,9 +132,12 @@ def unet_config(config: Mapping[str, Any], where: str = "unet/config.json") -> U
     _refuse_unknown(config, _UNET_FIXED, where)
     channels = tuple(config.get("block_out_channels", (320, 640, 1280, 1280)))
     levels = len(channels)
-    if _per_level(config.get("transformer_layers_per_block", 1), levels, "transformer_layers_per_block",
-                  where) != (1,) * levels:  # fmt: skip
-        raise UsageError(f"{where}: transformer_layers_per_block other than 1 is not supported")
+    depths = _per_level(
+        config.get("transformer_layers_per_block") or 1, levels, "transformer_layers_per_block", where
+    )
+    added = config.get("addition_embed_type")
+    if added not in (None, "text_time"):
+        raise UsageError(f"{where}: addition_embed_type = {added!r} is not supported (only 'text_time', SDXL's)")
     down = config.get("down_block_types", ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",))
     up = config.get("up_block_types", ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
     return UNetConfig(
@@ -141,6 +157,10 @@ def unet_config(config: Mapping[str, Any], where: str = "unet/config.json") -> U
         flip_sin_to_cos=config.get("flip_sin_to_cos", True),
         freq_shift=config.get("freq_shift", 0),
         sample_size=config.get("sample_size") or 64,
+        transformer_layers=depths,
+        added_time_dim=config["addition_time_embed_dim"] if added else 0,
+        added_dim=config["projection_class_embeddings_input_dim"] if added else 0,
+        guidance_dim=config.get("time_cond_proj_dim") or 0,
     )
 
 
@@ -152,7 +172,7 @@ def vae_config(config: Mapping[str, Any], where: str = "vae/config.json") -> VAE
             raise UsageError(f"{where}: {key} holds {config[key]}; only {only} is supported")
     for key in ("shift_factor", "latents_mean", "latents_std"):
         if config.get(key) is not None:
-            raise UsageError(f"{where}: {key} is not supported (Stable Diffusion 1.x and 2.x have none)")
+            raise UsageError(f"{where}: {key} is not supported (Stable Diffusion 1.x, 2.x and XL have none)")
     return VAEConfig(
         in_channels=config.get("in_channels", 3),
         out_channels=config.get("out_channels", 3),
@@ -164,4 +184,5 @@ def vae_config(config: Mapping[str, Any], where: str = "vae/config.json") -> VAE
         quant_conv=config.get("use_quant_conv", True),
         post_quant_conv=config.get("use_post_quant_conv", True),
         mid_attention=config.get("mid_block_add_attention", True),
+        force_upcast=config.get("force_upcast", False),
     )

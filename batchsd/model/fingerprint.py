@@ -8,7 +8,7 @@ gigabytes in full would cost more than loading them. Needs no torch: the driver 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from batchsd.types import UsageError
@@ -17,13 +17,26 @@ _BLOCK = 1 << 16
 _BLOCKS = 256  # 16 MiB of a file are read at most
 
 
-def checkpoint_hash(path: Path) -> str:
-    """32 hex digits for a checkpoint folder or file. Raises `UsageError` where there is none."""
+def checkpoint_hash(path: Path, extras: Sequence[tuple[str, Path]] = ()) -> str:
+    """32 hex digits for a checkpoint folder or file, with what `extras.extra_files` adds to it.
+
+    Raises `UsageError` where there is none.
+    """
+    own = _hash(path, "model.path")
+    if not extras:
+        return own
+    digest = hashlib.blake2b(own.encode(), digest_size=16)
+    for use, file in extras:
+        digest.update(f"{use}\0{_hash(file, use)}\0".encode())
+    return digest.hexdigest()
+
+
+def _hash(path: Path, what: str) -> str:
     if not path.exists():
-        raise UsageError(f"model.path: {path} does not exist")
+        raise UsageError(f"{what}: {path} does not exist")
     files = [path] if path.is_file() else sorted(_files(path))
     if not files:
-        raise UsageError(f"model.path: {path} holds no config or weights")
+        raise UsageError(f"{what}: {path} holds no config or weights")
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         name = file.name if path.is_file() else file.relative_to(path).as_posix()

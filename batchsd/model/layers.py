@@ -46,14 +46,18 @@ class Attention(nn.Module):
         # A list of one, because diffusers' second entry is a dropout: the name is `to_out.0`.
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
-    def forward(self, x_BTD: Tensor, context_BSD: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, context_BSD: Tensor | None = None, mask_BS: Tensor | None = None
+    ) -> Tensor:
+        """`mask_BS` is False where a context has no token, True where it has; None: everywhere."""
         context_BSD = x_BTD if context_BSD is None else context_BSD
         q_BNTd = self._split(self.to_q(x_BTD))
         k_BNSd = self._split(self.to_k(context_BSD))
         v_BNSd = self._split(self.to_v(context_BSD))
         if self.upcast:  # SD 2.1 overflows fp16 in q k^T
             q_BNTd, k_BNSd, v_BNSd = q_BNTd.float(), k_BNSd.float(), v_BNSd.float()
-        h_BNTd = F.scaled_dot_product_attention(q_BNTd, k_BNSd, v_BNSd)
+        mask_B11S = None if mask_BS is None else mask_BS[:, None, None, :]
+        h_BNTd = F.scaled_dot_product_attention(q_BNTd, k_BNSd, v_BNSd, attn_mask=mask_B11S)
         return self.to_out[0](h_BNTd.transpose(1, 2).flatten(2).to(x_BTD.dtype))
 
     def _split(self, x_BTD: Tensor) -> Tensor:
@@ -96,28 +100,32 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x_BTD: Tensor, context_BSD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, context_BSD: Tensor, mask_BS: Tensor | None = None) -> Tensor:
         x_BTD = x_BTD + self.attn1(self.norm1(x_BTD))
-        x_BTD = x_BTD + self.attn2(self.norm2(x_BTD), context_BSD)
+        x_BTD = x_BTD + self.attn2(self.norm2(x_BTD), context_BSD, mask_BS)
         return x_BTD + self.ff(self.norm3(x_BTD))
 
 
 class Transformer2DModel(nn.Module):
     """The spatial transformer of Rombach et al. 2022: pixels as tokens, then back, added to the input."""
 
-    def __init__(self, dim: int, context_dim: int, heads: int, groups: int, linear: bool, upcast: bool) -> None:
+    def __init__(
+        self, dim: int, context_dim: int, heads: int, groups: int, linear: bool, upcast: bool, depth: int = 1
+    ) -> None:
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
         self.proj_in: nn.Module = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
-        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(dim, context_dim, heads, upcast)])
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(dim, context_dim, heads, upcast) for _ in range(depth)
+        )
         self.proj_out: nn.Module = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
 
-    def forward(self, x_BCHW: Tensor, context_BSD: Tensor) -> Tensor:
+    def forward(self, x_BCHW: Tensor, context_BSD: Tensor, mask_BS: Tensor | None = None) -> Tensor:
         h = self.norm(x_BCHW)
         h_BTD = self.proj_in(_tokens(h)) if self.linear else _tokens(self.proj_in(h))
         for block in self.transformer_blocks:
-            h_BTD = block(h_BTD, context_BSD)
+            h_BTD = block(h_BTD, context_BSD, mask_BS)
         size = x_BCHW.shape[-2:]
         h = _pixels(self.proj_out(h_BTD), size) if self.linear else self.proj_out(_pixels(h_BTD, size))
         return h + x_BCHW
@@ -156,14 +164,18 @@ class Upsample2D(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """Two layers over the sinusoids of the timestep: B -> B E."""
+    """Two layers over the sinusoids of the timestep, to which a distilled model adds its guidance: B -> B E."""
 
-    def __init__(self, dim: int, time_dim: int) -> None:
+    def __init__(self, dim: int, time_dim: int, guidance_dim: int = 0) -> None:
         super().__init__()
+        if guidance_dim:
+            self.cond_proj = nn.Linear(guidance_dim, dim, bias=False)
         self.linear_1 = nn.Linear(dim, time_dim)
         self.linear_2 = nn.Linear(time_dim, time_dim)
 
-    def forward(self, x_BD: Tensor) -> Tensor:
+    def forward(self, x_BD: Tensor, guidance_BG: Tensor | None = None) -> Tensor:
+        if guidance_BG is not None:
+            x_BD = x_BD + self.cond_proj(guidance_BG)
         return self.linear_2(F.silu(self.linear_1(x_BD)))
 
 

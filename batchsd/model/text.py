@@ -1,30 +1,38 @@
 """The one door to transformers' CLIP: texts -> token ids -> states (B T D) that the U-Net attends to.
 
 As diffusers does it: padded and cut to the tokenizer's length, no attention mask (unless the config asks for
-one), the last hidden state after the final LayerNorm.
+one). SD1 and SD2 take the last hidden state after the final LayerNorm; SDXL the one before it, without that norm.
+Clip skip counts as in diffusers (0 none, 1 the layer before; A1111's 2 is our 1) and holds for every prompt.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from batchsd.model.config import read_json
-from batchsd.model.weights import fill, read_safetensors
+from batchsd.model.parts import TextParts
+from batchsd.model.weights import State, fill
 from batchsd.types import UsageError
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A CLIP text model with its tokenizer. `length` is T, 77 for Stable Diffusion."""
+    """A CLIP text model with its tokenizer. `length` is T, 77 for Stable Diffusion.
+
+    `skip` layers are left out at the end; `normed` says whether the final LayerNorm follows. `words` are what
+    textual inversion made of several tokens each.
+    """
 
     model: Any
     tokenizer: Any
+    skip: int = 0
+    normed: bool = True
+    words: dict[str, str] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -33,72 +41,105 @@ class TextEncoder:
     def ids(self, texts: Sequence[str]) -> Tensor:
         """Token ids (B, T), padded to `length` and cut there."""
         return self.tokenizer(
-            list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+            [self.spelled(text) for text in texts],
+            padding="max_length",
+            max_length=self.length,
+            truncation=True,
+            return_tensors="pt",
         ).input_ids
+
+    def spelled(self, text: str) -> str:
+        """The text with each learnt word of several tokens written out."""
+        for word, tokens in self.words.items():
+            text = re.sub(rf"{re.escape(word)}(?!_\d)", tokens, text)
+        return text
 
     def tokens_cut(self, text: str) -> int:
         """How many of the text's tokens do not fit and are not seen by the model."""
         # verbose=False: transformers otherwise warns about every long text.
-        found = self.tokenizer(text, truncation=False, verbose=False).input_ids
+        found = self.tokenizer(self.spelled(text), truncation=False, verbose=False).input_ids
         return max(0, len(found) - self.length)
 
     def __call__(self, ids_BT: Tensor) -> Tensor:
         """Ids (B, T) -> states (B, T, D) on the model's device; differentiable."""
-        ids_BT = ids_BT.to(next(self.model.parameters()).device)
-        mask_BT = None
-        if getattr(self.model.config, "use_attention_mask", False):
-            mask_BT = (ids_BT != self.tokenizer.pad_token_id).long()
-        return self.model(ids_BT, attention_mask=mask_BT).last_hidden_state
+        return self._states(self._run(ids_BT))
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Texts -> states (B, T, D)."""
         return self(self.ids(texts))
 
+    @torch.no_grad()
+    def encode_pooled(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Texts -> states (B, T, D), and what the end mark becomes (B, P) where the encoder projects it."""
+        found = self._run(self.ids(texts))
+        return self._states(found), getattr(found, "text_embeds", None)
 
-def load_text_encoder(folder: Path, dtype: torch.dtype, device: torch.device) -> TextEncoder:
-    """The text encoder of a diffusers-layout folder (`text_encoder/` and `tokenizer/`), nothing downloaded.
+    def _run(self, ids_BT: Tensor) -> Any:
+        ids_BT = ids_BT.to(next(self.model.parameters()).device)
+        mask_BT = None
+        if getattr(self.model.config, "use_attention_mask", False):
+            mask_BT = (ids_BT != self.tokenizer.pad_token_id).long()
+        plain = self.normed and not self.skip
+        return self.model(ids_BT, attention_mask=mask_BT, output_hidden_states=not plain)
 
-    Raises `UsageError` where files are missing, do not fit each other, or hold other weights than the config says.
+    def _states(self, found: Any) -> Tensor:
+        if self.normed and not self.skip:
+            return found.last_hidden_state
+        hidden_BTD = found.hidden_states[-1 - self.skip]
+        return _part(self.model, "final_layer_norm")(hidden_BTD) if self.normed else hidden_BTD
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The table of the tokens' vectors."""
+        return _part(self.model, "token_embedding")
+
+
+def build_text_encoder(parts: TextParts, skip: int = 0, normed: bool = True, tokenizer: Any = None) -> TextEncoder:
+    """The text encoder of these parts, on the CPU in the file's type; `tokenizer` instead of its own, where given.
+
+    Raises `UsageError` where the parts do not fit each other, or hold other weights than the config says.
     """
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    where = folder / "text_encoder"
-    config = CLIPTextConfig.from_dict(read_json(where / "config.json"))
+    tokenizer = parts.tokenizer() if tokenizer is None else tokenizer
+    model = text_network(parts.config)
+    config = model.config
     if len(tokenizer) > config.vocab_size:
         raise UsageError(
-            f"{folder}: the tokenizer knows {len(tokenizer)} tokens, the text encoder {config.vocab_size}"
+            f"{parts.where}: the tokenizer knows {len(tokenizer)} tokens, the text encoder {config.vocab_size}"
         )
+    if not 0 <= skip < config.num_hidden_layers:
+        raise UsageError(f"model.clip_skip: {parts.where} has only {config.num_hidden_layers} layers")
+    # Old configs say 2, upon which transformers takes the largest id for the end mark: wrong for learnt words.
+    config.eos_token_id = tokenizer.eos_token_id
     # Filled by us, not by from_pretrained, which replaces what does not fit by random numbers and goes on.
-    with torch.device("meta"):
-        model = CLIPTextModel(config)
-    fill(model, _known_names(read_safetensors(where / "model.safetensors"), model), str(where))
+    fill(model, known_names(parts.state, model), parts.where)
     positions = torch.arange(config.max_position_embeddings)[None]
     for name, _ in list(model.named_buffers()):  # they are in no file: one, the numbers of the positions
         model.get_submodule(name.rpartition(".")[0]).register_buffer("position_ids", positions, persistent=False)
-    nn.Module.to(model, device, dtype)
-    return TextEncoder(model.eval().requires_grad_(False), tokenizer)
+    return TextEncoder(model, tokenizer, skip, normed)
 
 
-def _known_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def text_network(config: Mapping[str, Any]) -> Any:
+    """transformers' CLIP text model of that config on the meta device, with its projection where that is asked for."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    projected = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
+    with torch.device("meta"):
+        known = CLIPTextConfig.from_dict(dict(config))
+        return CLIPTextModelWithProjection(known) if projected else CLIPTextModel(known)
+
+
+def known_names(state: State, model: nn.Module) -> dict[str, Tensor]:
     """The state without old files' position numbers, and with or without `text_model.`, as this transformers has it."""
-    prefix = "text_model." if any(name.startswith("text_model.") for name in model.state_dict()) else ""
-    short = {name.removeprefix("text_model."): value for name, value in state.items()}
-    return {prefix + name: value for name, value in short.items() if not name.endswith("position_ids")}
+    wanted = set(model.state_dict())
+    prefix = "text_model." if any(name.startswith("text_model.") for name in wanted) else ""
+    found = {}
+    for name, value in state.items():
+        short = name.removeprefix("text_model.")
+        if not short.endswith("position_ids"):
+            found[short if short in wanted else prefix + short] = value
+    return found
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """transformers' CLIPTokenizer from its files. Raises `UsageError` where they are missing or broken."""
-    from transformers import CLIPTokenizer
-
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: missing; a checkpoint folder in diffusers layout has it")
-    try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise UsageError(f"{folder}: not loadable as a CLIP tokenizer ({_first_line(error)})") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _part(model: nn.Module, name: str) -> Any:
+    return next(part for where, part in model.named_modules() if where.rpartition(".")[2] == name)

@@ -25,9 +25,11 @@ class MidAttention(Attention):
         super().__init__(dim, dim, 1, bias=True)
         self.group_norm = nn.GroupNorm(groups, dim, eps=_EPS)
 
-    def forward(self, x_BCHW: Tensor, context_BSD: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_BCHW: Tensor, context_BSD: Tensor | None = None, mask_BS: Tensor | None = None
+    ) -> Tensor:
         h_BTC = self.group_norm(x_BCHW.flatten(2)).transpose(1, 2)
-        return x_BCHW + super().forward(h_BTC, context_BSD).transpose(1, 2).unflatten(2, x_BCHW.shape[-2:])
+        return x_BCHW + super().forward(h_BTC, context_BSD, mask_BS).transpose(1, 2).unflatten(2, x_BCHW.shape[-2:])
 
 
 class MidBlock(nn.Module):

@@ -7,9 +7,10 @@ Row groups of 100 rows make a picture cheap to find; the same records give the s
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from batchsd.columns import IMAGE_TYPE, to_table
 from batchsd.types import Record
@@ -28,6 +29,15 @@ class ParquetSink:
 
     def open(self, folder: Path, name: str, schema: pa.Schema) -> ParquetShard:
         return ParquetShard(folder, name, schema)
+
+    def reread(self, open_file: Callable[[str], BinaryIO], name: str, pictures: bool) -> Iterator[pa.Table]:
+        """A published shard again, a row group at a time (see `revise.Rereads`)."""
+        import pyarrow.parquet as pq
+
+        with open_file(f"{name}.parquet") as file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            kept = [field.name for field in parquet.schema_arrow if pictures or field.type != IMAGE_TYPE]
+            for group in range(parquet.metadata.num_row_groups):
+                yield parquet.read_row_group(group, columns=kept)
 
 
 @dataclass(slots=True)

@@ -71,7 +71,7 @@ def latent_shape(request: Request, model: ModelFacts) -> tuple[int, int, int]:
     return (model.latent_channels, sides[0], sides[1])
 
 
-def draw_noise(shape_CHW: tuple[int, int, int], generator: torch.Generator) -> torch.Tensor:
+def draw_noise(shape_CHW: Sequence[int], generator: torch.Generator) -> torch.Tensor:
     """Unit Gaussian noise, float32 on the CPU whatever the network's dtype and device."""
     import torch
 

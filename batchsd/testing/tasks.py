@@ -24,9 +24,15 @@ class TinyModel:
         """Means of the pixels plus one draw of noise, as a VAE's posterior has it: C H/f W/f in float32."""
         import torch
 
-        mean_3hw = torch.nn.functional.avg_pool2d(image_3HW[None].float(), self.scale_factor)[0]
-        mean_Chw = mean_3hw.mean(0, keepdim=True).expand(self.latent_channels, -1, -1)
+        mean_Chw = self.encode_mode(image_3HW)
         return mean_Chw + 0.1 * torch.randn(mean_Chw.shape, generator=generator, dtype=torch.float32)
+
+    def encode_mode(self, image_3HW: torch.Tensor) -> torch.Tensor:
+        """Means of the pixels: C H/f W/f in float32."""
+        import torch
+
+        mean_3hw = torch.nn.functional.avg_pool2d(image_3HW[None].float(), self.scale_factor)[0]
+        return mean_3hw.mean(0, keepdim=True).repeat(self.latent_channels, 1, 1)
 
 
 TINY = TinyModel()

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchsd.model.text import TextEncoder, load_tokenizer
+from batchsd.model.text import TextEncoder
+from batchsd.model.tokenizer import load_tokenizer
 from batchsd.training.data import Pictures
 from batchsd.training.loop import Loss
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from batchsd.model.checkpoint import choose_device, choose_dtype, load
+from batchsd.model.extras import extra_files
 from batchsd.model.fingerprint import checkpoint_hash
 from batchsd.types import UsageError
 
@@ -142,6 +143,16 @@ def test_fingerprint_is_of_the_content(checkpoint: Path, copy: Path) -> None:
     assert checkpoint_hash(copy) != checkpoint_hash(checkpoint)
     with pytest.raises(UsageError, match="does not exist"):
         checkpoint_hash(copy / "nowhere")
+
+
+def test_fingerprint_counts_what_the_job_adds(checkpoint: Path, copy: Path) -> None:
+    lora = copy / UNET  # any file will do
+    plain = checkpoint_hash(checkpoint)
+    weak, strong = (checkpoint_hash(checkpoint, extra_files("", [f"{lora}:{w}"], [], "")) for w in (0.5, 1))
+    assert len({plain, weak, strong}) == 3
+    assert checkpoint_hash(checkpoint, [("vae", lora)]) != checkpoint_hash(checkpoint, [("vae", copy / "vae")])
+    with pytest.raises(UsageError, match="lora 0.5: .*nowhere does not exist"):
+        checkpoint_hash(checkpoint, extra_files("", [f"{copy}/nowhere:0.5"], [], ""))
 
 
 def test_fingerprint_of_a_big_file_reads_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

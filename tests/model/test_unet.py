@@ -96,7 +96,8 @@ def test_real_sizes(config: dict[str, Any], parameters: int) -> None:
         ({"class_embed_type": "timestep"}, "class_embed_type = 'timestep' is not supported"),
         ({"down_block_types": ("AttnDownBlock2D", "DownBlock2D")}, "down_block_types holds 'AttnDownBlock2D'"),
         ({"attention_head_dim": [8]}, "attention_head_dim has 1 entries for 2 levels"),
-        ({"transformer_layers_per_block": [1, 2]}, "transformer_layers_per_block other than 1"),
+        ({"transformer_layers_per_block": [[1], [2]]}, "transformer_layers_per_block has 2 entries"),
+        ({"addition_embed_type": "image"}, "addition_embed_type = 'image' is not supported"),
     ],
 )
 def test_networks_of_another_kind_are_refused_by_name(change: dict[str, Any], message: str) -> None:

@@ -1,0 +1,40 @@
+"""`batchsd export` and `batchsd report`: a finished run in another form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("run_folder", metavar="RUN")
+@click.option("--sink", required=True, metavar="S", help="parquet, webdataset, folder, or a plugin's")
+@click.option("--to", metavar="FOLDER", help="where to; left out: RUN-S")
+@click.option("--plugin", "names", multiple=True, metavar="P", help="a plugin to load, as in a job")
+def export(run_folder: str, sink: str, to: str | None, names: tuple[str, ...]) -> None:
+    """Write RUN's rows in another layout, without drawing again."""
+    from batchsd import plugins
+    from batchsd.export import export as write
+    from batchsd.summary import shown
+    from batchsd.types import UsageError
+
+    sinks = plugins.build(names, Path()).sinks
+    if sink not in sinks:
+        raise UsageError(f"--sink: {sink!r} is unknown; have {', '.join(sinks)}")
+    target = Path(to or f"{run_folder.rstrip('/')}-{sink}").absolute()
+    rows = write(run_folder, sinks[sink], sink, target)
+    click.echo(f"{rows:,} rows -> {shown(target)}")
+
+
+@click.command()
+@click.argument("run_folder", metavar="RUN")
+@click.option("--to", metavar="FILE", help="where to; left out: RUN/report.html")
+def report(run_folder: str, to: str | None) -> None:
+    """Show RUN as one HTML page: pictures, figures, failures, the exact job."""
+    from batchsd.report import write_report
+    from batchsd.summary import shown
+
+    target = Path(to or f"{run_folder}/report.html").absolute()
+    count = write_report(run_folder, target)
+    click.echo(f"{count:,} pictures on {shown(target)} ({target.stat().st_size / 2**20:.1f} MiB)")

@@ -1,0 +1,182 @@
+"""The bytes of an image file become an upright picture of bounded size, in RGB, grey or metres.
+
+    header checked -> decoded (first frame) -> EXIF orientation -> 8-bit RGB or grey | a float map -> fitted
+
+Anything that goes wrong is the row's `bad_image`. Transparent pixels lie on white, as on a page.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from batchsd.types import RowError
+
+Picture = Image.Image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+# 8192 x 8192. Checked from the header, before a pixel is decoded; Pillow's own alarm rings later, at 89 million.
+MAX_PIXELS = 2**26
+RESIZES = ("crop", "pad", "stretch")
+
+_NPY = b"\x93NUMPY"
+_WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # whole numbers beyond 8 bits
+
+
+def rgb(content: bytes) -> Image.Image:
+    """The picture as 8-bit RGB. CMYK, palettes, 16 bits, grey and alpha are converted. Raises RowError."""
+    with _decoding():
+        picture = _upright(content)
+        if picture.has_transparency_data:
+            over = picture.convert("RGBA")
+            white = Image.new("RGBA", over.size, "white")
+            return Image.alpha_composite(white, over).convert("RGB")
+        return _eight_bits(picture).convert("RGB")
+
+
+def grey(content: bytes) -> Image.Image:
+    """The picture as 8-bit grey (mode L), alpha ignored: a mask. Raises RowError."""
+    with _decoding():
+        return _eight_bits(_upright(content)).convert("L")
+
+
+def field(content: bytes) -> np.ndarray:
+    """A map of numbers (a depth map) as float32 H W: a grey picture of 1 to 32 bits, or a .npy file.
+
+    Colours count by their luminance. Raises RowError, also where a number is not finite.
+    """
+    with _decoding():
+        if content.startswith(_NPY):
+            values = _npy(content)
+        else:
+            picture = _upright(content)
+            picture = picture if picture.mode in (*_WIDE, "F") else picture.convert("L")
+            values = np.asarray(picture).astype(np.float32)
+    wrong = int(np.size(values) - np.count_nonzero(np.isfinite(values)))
+    if wrong:
+        raise _bad(f"{wrong:,} of its {values.size:,} numbers are NaN or infinite")
+    return values
+
+
+def to_tensor(picture: Image.Image) -> Any:
+    """RGB -> torch float32 (3, H, W) in [-1, 1], rounded as diffusers rounds."""
+    import torch
+
+    pixels_HW3 = np.asarray(picture, np.float32) / 255.0
+    return 2.0 * torch.from_numpy(pixels_HW3).permute(2, 0, 1).contiguous() - 1.0
+
+
+# -- sizes
+
+
+def fitted(picture: Image.Image, size: tuple[int, int], resize: str) -> Image.Image:
+    """The picture at that (width, height), by Lanczos: `stretch`; `crop`: the middle, filling it; `pad`: all of it,
+    the edges' pixels repeated. As diffusers' VaeImageProcessor does in its modes default, crop and fill."""
+    if picture.size == size:
+        return picture
+    if resize == "stretch":
+        return picture.resize(size, Image.Resampling.LANCZOS)
+    (width, height), (w, h) = size, picture.size
+    wider = width * h > w * height  # the target, than the picture
+    by_width = wider if resize == "crop" else not wider
+    inner = (width, max(1, h * width // w)) if by_width else (max(1, w * height // h), height)
+    _check_size(*inner)  # of a picture that is one long line this would be billions
+    left, top = width // 2 - inner[0] // 2, height // 2 - inner[1] // 2
+    scaled = picture.resize(inner, Image.Resampling.LANCZOS)
+    if resize == "crop":
+        return scaled.crop((-left, -top, width - left, height - top))
+    return Image.fromarray(_padded(np.asarray(scaled), (width, height), left, top))
+
+
+def at_aspect(values_HW: np.ndarray, size: tuple[int, int], resize: str) -> np.ndarray:
+    """A map cut or padded to the aspect of (width, height), not resampled; `stretch` leaves it."""
+    h, w = values_HW.shape
+    width, height = size
+    if resize == "stretch" or width * h == w * height:
+        return values_HW
+    wider = width * h > w * height
+    if wider == (resize == "crop"):
+        target = (w, max(1, round(w * height / width)))
+    else:
+        target = (max(1, round(h * width / height)), h)
+    if resize == "crop":
+        left, top = (w - target[0]) // 2, (h - target[1]) // 2
+        return values_HW[top : top + target[1], left : left + target[0]]
+    if target[0] * target[1] > MAX_PIXELS:
+        raise _bad(f"padded to {target[0]} x {target[1]} it has more than {MAX_PIXELS:,} pixels")
+    return _padded(values_HW, target, (target[0] - w) // 2, (target[1] - h) // 2)
+
+
+def _padded(pixels: np.ndarray, size: tuple[int, int], left: int, top: int) -> np.ndarray:
+    height, width = pixels.shape[:2]
+    sides = [(top, size[1] - height - top), (left, size[0] - width - left)]
+    return np.pad(pixels, [*sides, (0, 0)][: pixels.ndim], mode="edge")
+
+
+# -- decoding
+
+
+def _bad(what: str) -> RowError:
+    return RowError("bad_image", what)
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Whatever a decoder raises is this row's failure: files from outside break them in every way."""
+    try:
+        yield
+    except RowError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise _bad(str(error)) from None
+    except Exception as error:
+        raise _bad(
+            f"cannot be decoded: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from None
+
+
+def _upright(content: bytes) -> Image.Image:
+    """The first frame, turned as its EXIF orientation says."""
+    try:
+        picture: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        raise _bad(f"not an image file of {', '.join(FORMATS)}") from None
+    _check_size(*picture.size)
+    picture.load()
+    return ImageOps.exif_transpose(picture)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width < 1 or height < 1 or width * height > MAX_PIXELS:
+        raise _bad(f"{width} x {height} pixels, at most {MAX_PIXELS:,} in all")
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Pillow clips 16 bits at 255 where it should scale; 65535 becomes 255 here."""
+    if picture.mode not in _WIDE and picture.mode != "F":
+        return picture
+    values = np.asarray(picture)
+    if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise _bad("numbers beyond 16 bits have no agreed white; save it with 8 or 16 bits a channel")
+    return Image.fromarray((values / 257.0).round().astype(np.uint8))
+
+
+def _npy(content: bytes) -> np.ndarray:
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    readers: dict[tuple[int, int], Callable[..., Any]] = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    shape, _, kind = readers[version](file)
+    plain = tuple(side for side in shape if side != 1) if len(shape) > 2 else shape
+    if len(plain) != 2 or kind.kind not in "fiub":
+        raise _bad(f"an array of shape {shape} and type {kind}; give height x width of plain numbers")
+    _check_size(plain[1], plain[0])
+    file.seek(0)
+    return np.load(file, allow_pickle=False).reshape(plain).astype(np.float32)

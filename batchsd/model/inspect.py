@@ -1,0 +1,56 @@
+"""What a checkpoint is, without loading it: the names, types and shapes of its tensors against its networks'.
+
+Tensors are views of mapped files, and networks lie on the meta device; of the weights themselves only the one
+tensor that tells noise from velocity is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from batchsd.model.checkpoint import networks, read_parts
+from batchsd.model.text import known_names, text_network
+from batchsd.model.weights import State, differences
+
+
+def inspect_checkpoint(path: Path) -> dict[str, Any]:
+    """Family, reasons, native size in pixels, scheduler, and each network's facts. Raises `UsageError`."""
+    parts = read_parts(path)
+    unet, vae = networks(parts)
+    found = {"unet": network_facts(unet, parts.unet), "vae": network_facts(vae, parts.vae)}
+    for i, text in enumerate(parts.texts):
+        model = text_network(text.config)
+        found["text_encoder" + ("_2" if i else "")] = network_facts(model, known_names(text.state, model))
+    return {
+        "family": parts.family,
+        "reasons": list(parts.reasons),
+        "native_size": unet.config.sample_size * vae.config.factor,
+        "extra_channels": unet.config.in_channels - vae.config.latent_channels,
+        "prediction_type": parts.scheduler.get("prediction_type", "epsilon"),
+        "scheduler": parts.scheduler.get("_class_name", ""),
+        "networks": found,
+    }
+
+
+def network_facts(network: nn.Module, state: State) -> dict[str, Any]:
+    """Parameters, bytes, types, and what is missing, unused or of another shape."""
+    return {
+        "parameters": sum(value.numel() for value in state.values()),
+        "bytes": sum(value.nbytes for value in state.values()),
+        "dtypes": sorted({str(value.dtype).removeprefix("torch.") for value in state.values()}),
+        "problems": differences(network, state),
+    }
+
+
+def describe(facts: Mapping[str, Any]) -> list[str]:
+    """The facts as lines for people."""
+    lines = [*facts["reasons"], f"native size {facts['native_size']} pixels"]
+    for name, network in facts["networks"].items():
+        types = ", ".join(network["dtypes"])
+        lines.append(f"{name}: {network['parameters']:,} parameters, {types}, {network['bytes'] / 1e9:.2f} GB")
+        lines += [f"{name}: {problem}" for problem in network["problems"]]
+    return lines

@@ -1,0 +1,182 @@
+"""The U-Net as lanes see it: any number of evaluations in, as many network calls as the device has room for.
+
+    lanes -> calls of at most `capacity` lanes -> outputs a lane
+
+A call that does not fit into memory is halved, for good; one that raises is halved until the lane at fault stands
+alone, and only its row fails. Nothing of a row moves here, so a call can be tried again.
+Shapes: R rows, L lanes, C H W latent size, T tokens, D context width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from batchsd.meter import Meter
+from batchsd.model.checkpoint import Model
+from batchsd.types import RowError, UsageError
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that can share a batch: one latent size (C, H, W).
+
+    `lengths` are the context lengths that occur in it, where that must not depend on the company; else empty.
+    """
+
+    size: tuple[int, ...]
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def area(self) -> int:
+        return self.size[-2] * self.size[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class Lane:
+    """One evaluation: the row's place in the batch, and what the network is told: text states, input channels
+    beside the latents, and added conditions by diffusers' names.
+    """
+
+    row: int
+    context_TD: Tensor
+    channels_CHW: Tensor | None = None
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+Evaluate = Callable[[Group, Tensor, Tensor, Sequence[Lane]], tuple[Tensor, dict[int, RowError]]]
+"""(group, scaled latents R C H W, timesteps R, lanes) -> outputs L C H W in float32, and the rows that failed."""
+
+
+class Network:
+    """Evaluates lanes. `lanes_for` gives the lanes a call that a group begins with.
+
+    `fixed`: every call of a group has the same shape, filled up with zeros, so that a lane's numbers do not depend
+    on how many others there are.
+    """
+
+    def __init__(self, model: Model, lanes_for: Callable[[Group], int], fixed: bool, meter: Meter) -> None:
+        self.model = model
+        self.lanes_for = lanes_for
+        self.fixed = fixed
+        self.meter = meter
+        self._capacity: dict[Group, int] = {}
+
+    def capacity(self, group: Group) -> int:
+        """Lanes a call, as far as is known by now."""
+        if group not in self._capacity:
+            self._capacity[group] = self.lanes_for(group)
+        return self._capacity[group]
+
+    def __call__(
+        self, group: Group, x_RCHW: Tensor, timestep_R: Tensor, lanes: Sequence[Lane]
+    ) -> tuple[Tensor, dict[int, RowError]]:
+        """See `Evaluate`. A failed row's outputs are zeros. Raises where the device is dead."""
+        out_LCHW = x_RCHW.new_zeros(len(lanes), *x_RCHW.shape[1:])
+        failed: dict[int, RowError] = {}
+        todo = [range(len(lanes))]
+        while todo:
+            part, most = todo.pop(), self.capacity(group)
+            if len(part) > most:
+                todo += [part[most:], part[:most]]
+                continue
+            try:
+                out_LCHW[part.start : part.stop] = self._call(group, x_RCHW, timestep_R, [lanes[i] for i in part])
+            except Exception as error:
+                if device_is_dead(error):
+                    raise
+                if out_of_memory(error):
+                    self._shrink(group, len(part), error)
+                if len(part) == 1:
+                    failed[lanes[part[0]].row] = row_error(error)
+                else:
+                    half = len(part) // 2
+                    todo += [part[half:], part[:half]]
+        return out_LCHW, failed
+
+    def _call(self, group: Group, x_RCHW: Tensor, timestep_R: Tensor, lanes: Sequence[Lane]) -> Tensor:
+        slots = self.capacity(group)
+        batch = slots if self.fixed else len(lanes)
+        rows = [lane.row for lane in lanes]
+        x_LCHW = x_RCHW[rows]
+        extras = [lane.channels_CHW for lane in lanes if lane.channels_CHW is not None]
+        if extras:
+            x_LCHW = torch.cat([x_LCHW, torch.stack(extras).to(x_LCHW)], dim=1)
+        lengths = group.lengths or tuple({len(lane.context_TD) for lane in lanes})
+        context_LTD, mask_LT = joined([lane.context_TD for lane in lanes], lengths)
+        added = {
+            name: filled(torch.stack([lane.added[name] for lane in lanes]).to(x_LCHW.device), batch)
+            for name in lanes[0].added
+        }
+        out_LCHW = self.model.unet(
+            filled(x_LCHW, batch).to(self.model.dtype, memory_format=torch.channels_last),
+            filled(timestep_R[rows], batch),
+            filled(context_LTD, batch),
+            None if mask_LT is None else filled(mask_LT, batch, True),
+            added,
+        )
+        self.meter.called(group, group.area, len(lanes), slots)
+        return out_LCHW[: len(lanes)].float()
+
+    def _shrink(self, group: Group, lanes: int, error: Exception) -> None:
+        """Fewer lanes from now on, after a call of that many that did not fit."""
+        if self.fixed:
+            raise UsageError(
+                f"run.batch_size: {self.capacity(group)} lanes of {group.size[-2]}x{group.size[-1]} latents do not "
+                f"fit on {self.model.device}, and run.deterministic allows no smaller batch on the way; set it to "
+                f"{max(1, self.capacity(group) // 2)} (a new run: the bytes depend on it)"
+            ) from error
+        self._capacity[group] = max(1, lanes // 2)
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def joined(contexts: Sequence[Tensor], lengths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """Contexts (T, D) as (L, T, D) of the greatest length, and which tokens are there (L, T).
+
+    None where all have one length: attention without a mask is faster, and its rounding is the plain one.
+    """
+    if len(lengths) == 1:
+        return torch.stack(list(contexts)), None
+    most = max(lengths)
+    joined_LTD = torch.stack([filled(each, most) for each in contexts])
+    tokens_L1 = torch.tensor([[len(each)] for each in contexts], device=joined_LTD.device)
+    return joined_LTD, torch.arange(most, device=joined_LTD.device) < tokens_L1
+
+
+def filled(x_L: Tensor, batch: int, value: float = 0) -> Tensor:
+    """The first dimension brought to `batch`."""
+    missing = batch - len(x_L)
+    return torch.cat([x_L, x_L.new_full((missing, *x_L.shape[1:]), value)]) if missing > 0 else x_L
+
+
+def repeatable() -> None:
+    """Tells torch, for this whole process, to use no kernel whose result differs from one call to the next."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
+    torch.backends.cudnn.benchmark = False
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or this machine, had too little memory for a tensor."""
+    words = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in words or "can't allocate memory" in words)
+    )
+
+
+def device_is_dead(error: BaseException) -> bool:
+    """Whether nothing more can come from this device: then the worker must end, whatever row it had."""
+    return isinstance(error, torch.AcceleratorError) and not out_of_memory(error)
+
+
+def row_error(error: Exception) -> RowError:
+    """What a row says that made the network raise all alone."""
+    if out_of_memory(error):
+        return RowError("oom", "too large for the device's memory, even alone; ask for a smaller height and width")
+    return RowError("error", f"the network: {type(error).__name__}: {error}")

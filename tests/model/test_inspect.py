@@ -1,0 +1,55 @@
+"""`inspect` says what a checkpoint is without loading it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from batchsd.cli import commands
+from batchsd.model.hub import cached_model
+from batchsd.model.inspect import describe, inspect_checkpoint
+from tests.model.ldm import networks, to_ldm
+
+
+def test_a_single_file(tmp_path: Path) -> None:
+    made = networks("SD2", 5)
+    save_file({**to_ldm(made), "depth_model.a": to_ldm(made)["betas"]}, tmp_path / "d.safetensors")
+    facts = inspect_checkpoint(tmp_path / "d.safetensors")
+    assert facts["family"] == "SD2 depth" and facts["scheduler"] == "PNDMScheduler" and facts["extra_channels"] == 1
+    assert facts["networks"]["unet"]["parameters"] == sum(p.numel() for p in made.unet.parameters())
+    lines = describe(facts)
+    assert "because conv_in is [64, 5, 3, 3] and the text encoder lies under 'cond_stage_model.model.'" in lines[0]
+    assert "1 tensors of a depth network (depth_model.) are not used" in lines
+    assert not any(network["problems"] for network in facts["networks"].values())
+
+
+def test_the_command_names_what_is_missing(checkpoint: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    file = folder / "vae/diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    del state["quant_conv.bias"]
+    save_file(state, file)
+    good, bad = (CliRunner().invoke(commands, ["inspect", str(path)]) for path in (checkpoint, folder))
+    assert good.exit_code == 0 and "prediction type epsilon because scheduler_config.json says so" in good.output
+    assert bad.exit_code == 1 and "vae: 1 tensor missing, first 'quant_conv.bias'" in bad.output
+    told = CliRunner().invoke(commands, ["inspect", "--json", str(checkpoint)])
+    assert json.loads(told.output)["networks"]["text_encoder"]["dtypes"] == ["float32"]
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HF_HOME"])
+def test_a_hub_name_is_looked_up_in_the_cache(tmp_path: Path, variable: str) -> None:
+    cache = tmp_path if variable == "HF_HUB_CACHE" else tmp_path / "hub"
+    folder = cache / "models--org--name"
+    for commit in ("aaa", "bbb"):
+        (folder / "snapshots" / commit).mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("aaa\n")
+    environ = {variable: str(tmp_path)}
+    assert cached_model("org/name", environ) == folder / "snapshots/aaa"
+    assert cached_model("org/other", environ) is None

@@ -1,0 +1,92 @@
+"""A whole run but for the network: real manifest, reader, ledger and sinks; pictures are one small PNG a row.
+
+`draw` writes every key that it draws into a file: what was drawn twice shows there.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fakes import lanes
+from PIL import Image
+
+from batchsd import plugins
+from batchsd.drive import Stop, drive
+from batchsd.job import Job, load
+from batchsd.ledger import Ledger, Tally
+from batchsd.prepare import Prepared, Recipe, prepare
+from batchsd.revise import Beginning, begin_run
+from batchsd.run import InProcess, Workbench
+from batchsd.store import LocalStore, Store
+from batchsd.types import Record, Request
+
+
+def write_manifest(path: Path, prompts: list[str | None], **columns: list[object]) -> None:
+    table = {"id": [f"id{i}" for i in range(len(prompts))], "prompt": prompts, **columns}
+    pq.write_table(pa.table(table), path)
+
+
+def job_at(folder: Path, checkpoint: Path, *sets: str) -> Job:
+    (folder / "job.toml").write_text(
+        f'[input]\nmanifest = "prompts.parquet"\n[model]\npath = "{checkpoint}"\ndevice = "cpu"\n'
+        '[sampler]\nheight = 16\nwidth = 16\n[output]\nuri = "run"\nrows_per_shard = 4\n[run]\nmax_failed = 1.0\n'
+    )
+    return load(folder / "job.toml", sets, {})
+
+
+def picture_of(request: Request) -> bytes:
+    """A PNG whose one colour is the row's hash."""
+    color = tuple(bytes.fromhex(request.row_hash)[:3])
+    data = io.BytesIO()
+    Image.new("RGB", (16, 16), color).save(data, "png")
+    return data.getvalue()
+
+
+def draw(log: Path, failing: tuple[str, ...], request: Request) -> Record:
+    if request.error:
+        return Record(request, request.error.status, str(request.error))
+    with log.open("a") as file:
+        file.write(f"{request.key}\n")
+    if request.key in failing:
+        return Record(request, "oom", "no room")
+    return Record(request, "ok", image=picture_of(request), height=16, width=16)
+
+
+def bench(recipe: Recipe, store: Store, draw: Callable[[Request], Record]) -> Workbench:
+    """What a Recipe builds, without a model."""
+    registry = plugins.build(recipe.plugins, Path())
+    job = recipe.job
+    generate = partial(lanes, record=draw)
+    sink = registry.sinks[job.output.sink]
+    return Workbench(generate, recipe.reader(registry).read, job.input.repeat, sink, recipe.schema, store)
+
+
+def run_job(
+    job: Job,
+    log: Path,
+    begin: Callable[[Prepared], Beginning] = begin_run,
+    failing: tuple[str, ...] = (),
+    store: LocalStore | None = None,
+) -> Tally:
+    """What `batchsd run` does, from the plan on."""
+    prepared = prepare(job, 1, False)
+    store = store or LocalStore(Path(job.output.uri))
+    prepared = replace(prepared, ledger=Ledger(store))
+    beginning = begin(prepared)
+    if len(beginning.tally.done) == prepared.plan.shards:
+        return prepared.ledger.finish(prepared.plan)
+    executor = InProcess(partial(bench, prepared.recipe, store, partial(draw, log, failing)))
+    plan, tally, watch = prepared.plan, beginning.tally, (lambda snapshot: None, lambda text: None)
+    limits = (Stop(5), prepared.max_failed, *watch)
+    return drive(prepared.ledger, plan, tally, prepared.shards, executor, *limits, revisions=beginning.revisions)
+
+
+def rows_of(job: Job) -> list[dict[str, object]]:
+    files = sorted((Path(job.output.uri) / "data").glob("*.parquet"))
+    return [row for file in files for row in pq.ParquetFile(file).read().to_pylist()]

@@ -1,0 +1,89 @@
+"""How full the batches are: whole jobs with networks that answer at once, counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from bench.bench_mixed import bounds, mixed_rows, shards_of, without_networks
+
+from batchsd.diffusion.builtin import BUILTIN
+from batchsd.engine import Engine, Settings
+from batchsd.model.checkpoint import load
+from batchsd.tasks.text import TextTask
+from batchsd.types import Request, Shard
+
+
+def empty_engine(folder: Path, lanes: int = 16) -> Engine:
+    return Engine(
+        without_networks(load(folder)), schedulers=BUILTIN, tasks={"text": TextTask()},
+        encode=lambda picture: (b"", "raw"), settings=Settings(lanes=lanes),
+    )  # fmt: skip
+
+
+def generate(engine: Engine, rows: Sequence[Request], each: int) -> Counter[str]:
+    return Counter(record.request.key for _, record in engine.generate(shards_of(rows, each)))
+
+
+@pytest.mark.parametrize("each", [64, 16])
+def test_a_mixed_job_keeps_its_lanes_busy(checkpoint: Path, each: int) -> None:
+    engine = empty_engine(checkpoint)
+    rows = mixed_rows(128, 32)
+    assert generate(engine, rows, each) == {row.key: 1 for row in rows}
+    _, least = bounds(engine, rows, 16)
+    if each == 64:
+        assert engine.meter.occupancy >= 0.95
+        assert least <= engine.meter.network_calls <= 1.15 * least
+    else:  # two such shards hold too few rows of a size for 16 lanes
+        assert engine.meter.occupancy >= 0.6
+
+
+def test_a_sparse_size_neither_blocks_nor_starves(checkpoint: Path) -> None:
+    """One row in 16 has another size, in more shards than may be open."""
+    rows = [replace(row, height=32, width=32, steps=4) for row in mixed_rows(128, 32)]
+    rows[::16] = [replace(row, height=16, width=16) for row in rows[::16]]
+    engine = empty_engine(checkpoint)
+    finished = [record.request for _, record in engine.generate(shards_of(rows, 32))]
+    assert len(finished) == 128
+    first = next(i for i, request in enumerate(finished) if request.height == 16)
+    assert 10 < first < 96, "others go first, but it is drawn before the third shard is through"
+    _, least = bounds(engine, rows, 16)
+    assert engine.meter.network_calls <= 1.6 * least
+
+
+def test_rows_are_not_pulled_without_end(checkpoint: Path) -> None:
+    pulled = 0
+
+    def counted(rows: Iterator[Request]) -> Iterator[Request]:
+        nonlocal pulled
+        for row in rows:
+            pulled += 1
+            yield row
+
+    rows = [replace(row, height=32, width=32, steps=3) for row in mixed_rows(200, 32)]
+    shard = Shard(1, 0, 1, 0, 0, len(rows))
+    done = most = 0
+    for _ in empty_engine(checkpoint, lanes=4).generate(iter([(shard, counted(iter(rows)))])):
+        most = max(most, pulled - done)
+        done += 1
+    assert done == 200 and most <= 64, most
+
+
+def test_too_little_memory_for_a_decoding_batch(checkpoint: Path) -> None:
+    engine = empty_engine(checkpoint)
+    decode, sizes = engine.model.vae.decode, []
+
+    def short(z: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(z))
+        if len(z) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return decode(z)
+
+    engine.model.vae.decode = short  # type: ignore[method-assign]
+    rows = [replace(row, height=32, width=32, steps=2) for row in mixed_rows(12, 32)]
+    assert generate(engine, rows, 12) == {row.key: 1 for row in rows}
+    assert sum(size for size in sizes if size <= 2) == 12 and engine.decode_batch <= 2
