@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from test_parity import draw, engine, mask, picture, pixels, png, request
+from .test_parity import draw, engine, mask, picture, pixels, png, request
 
 from batchsd.defaults import register_tasks
 from batchsd.job import load as load_job

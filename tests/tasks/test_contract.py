@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_parity import mask, picture, png
+from .test_parity import mask, picture, png
 
 from batchsd.defaults import register_tasks
 from batchsd.testing.tasks import TinyModel, check_task, example_request
