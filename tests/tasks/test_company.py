@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from .test_parity import draw, engine, mask, picture, pixels, png, request
 
 from batchsd.defaults import register_tasks
 from batchsd.job import load as load_job
@@ -20,6 +19,8 @@ from batchsd.reader import Reader
 from batchsd.rows import Names
 from batchsd.tasks.depth import depth_channel
 from batchsd.types import Shard
+
+from .test_parity import draw, engine, mask, picture, pixels, png, request
 
 
 def array(values: np.ndarray) -> bytes:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from .test_parity import mask, picture, png
 
 from batchsd.defaults import register_tasks
 from batchsd.testing.tasks import TinyModel, check_task, example_request
+
+from .test_parity import mask, picture, png
 
 IMAGE, MASK = png(picture(96, 64)), png(mask(96, 64))
 ROWS = [
