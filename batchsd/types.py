@@ -255,6 +255,21 @@ class ModelFacts(Protocol):
         """Pixels of the side of the pictures that it was trained on."""
         ...
 
+    @property
+    def zero_negative(self) -> bool:
+        """Whether a negative prompt that is not given is zeros (SDXL), not the empty text."""
+        ...
+
+    @property
+    def takes_sizes(self) -> bool:
+        """Whether the network is told the picture's sizes, `Branch.added["time_ids"]` (SDXL)."""
+        ...
+
+    @property
+    def guidance_dim(self) -> int:
+        """Numbers in which the network is told its guidance, `Branch.added["timestep_cond"]` (LCM); 0: it is not."""
+        ...
+
     def encode_image(self, image_3HW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Pixels in [-1, 1] -> a scaled draw of the VAE's posterior, C H/8 W/8, in float32."""
         ...

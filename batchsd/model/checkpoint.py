@@ -76,6 +76,11 @@ class Model:
         """Whether the network is also told the pooled text and the picture's sizes (SDXL): its `added` argument."""
         return self.unet.config.added_dim > 0
 
+    @property
+    def guidance_dim(self) -> int:
+        """Numbers in which the network is told its guidance (LCM); 0: it is not."""
+        return self.unet.config.guidance_dim
+
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Texts -> states (B, T, D)."""
         return self.encode_prompts(texts)[0]

@@ -23,7 +23,7 @@ from batchsd.tasks.inputs import (
     resize_mode,
     with_channels,
 )
-from batchsd.tasks.text import draw_noise, guidance_weights, latent_shape, prompt_branches
+from batchsd.tasks.text import draw_noise, latent_shape, prompted
 from batchsd.types import Conditioning, ModelFacts, Request
 
 if TYPE_CHECKING:
@@ -54,9 +54,10 @@ class DepthTask:
         with naming("depth"):
             map_HW = images.field(needed(request, "depth"))
             channel_1HW = depth_channel(map_HW, (shape[1], shape[2]), resize_mode(request))
+        branches, weights = prompted(request, model, shape)
         return Conditioning(
-            branches=with_channels(prompt_branches(request), channel_1HW),
-            weights=guidance_weights(request.guidance_scale),
+            branches=with_channels(branches, channel_1HW),
+            weights=weights,
             noise_CHW=draw_noise(shape, generator),
             clean_CHW=clean_CHW,
             begin=0 if clean_CHW is None else begin_of(request.steps, strength),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from batchsd import images
 from batchsd.tasks.inputs import check_channels, init_image, number
-from batchsd.tasks.text import draw_noise
+from batchsd.tasks.text import draw_noise, negative_of
 from batchsd.types import Branch, Conditioning, ModelFacts, Request
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ class EditTask:
         branches: tuple[Branch, ...] = (Branch(request.prompt, source_CHW),)
         weights: tuple[float, ...] = (1.0,)
         if request.guidance_scale > 1 and image_guidance >= 1:
-            nothing = Branch(request.negative_prompt or "", source_CHW * 0)
-            seeing = Branch(request.negative_prompt or "", source_CHW)
+            nothing = Branch(negative_of(request, model), source_CHW * 0)
+            seeing = Branch(negative_of(request, model), source_CHW)
             branches = (nothing, seeing, *branches)
             weights = (1 - image_guidance, image_guidance - request.guidance_scale, request.guidance_scale)
         return Conditioning(

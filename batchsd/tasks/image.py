@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from batchsd import images
 from batchsd.tasks.inputs import begin_of, check_channels, init_image, number
-from batchsd.tasks.text import draw_noise, guidance_weights, prompt_branches
+from batchsd.tasks.text import draw_noise, prompted
+from batchsd.tasks.told import SIZES
 from batchsd.types import Conditioning, ModelFacts, Request
 
 if TYPE_CHECKING:
@@ -28,16 +29,17 @@ class ImageTask:
     (strength 0) the picture is the VAE's round trip.
     """
 
-    columns: tuple[str, ...] = ("init_image", "strength", "resize")
+    columns: tuple[str, ...] = ("init_image", "strength", "resize", *SIZES)
 
     def __call__(self, request: Request, model: ModelFacts, generator: torch.Generator) -> Conditioning:
         check_channels(request, model, {0: "text"})
         strength = number(request, "strength", STRENGTH, 0, 1)
         picture = init_image(request, model.scale_factor)
         clean_CHW = model.encode_image(images.to_tensor(picture), generator)
+        branches, weights = prompted(request, model, clean_CHW.shape)
         return Conditioning(
-            branches=prompt_branches(request),
-            weights=guidance_weights(request.guidance_scale),
+            branches=branches,
+            weights=weights,
             noise_CHW=draw_noise(clean_CHW.shape, generator),
             clean_CHW=clean_CHW,
             begin=begin_of(request.steps, strength),

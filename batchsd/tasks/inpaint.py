@@ -24,7 +24,8 @@ from batchsd.tasks.inputs import (
     sized_init_image,
     with_channels,
 )
-from batchsd.tasks.text import draw_noise, guidance_weights, prompt_branches
+from batchsd.tasks.text import draw_noise, prompted
+from batchsd.tasks.told import SIZES
 from batchsd.types import Blend, Conditioning, Kept, ModelFacts, Request, RowError
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class InpaintTask:
     `torch.randn` of (1, C, H/f, W/f) in float32. Strength 1 starts from noise alone.
     """
 
-    columns: tuple[str, ...] = ("init_image", "mask", "strength", "resize", "paste_back")
+    columns: tuple[str, ...] = ("init_image", "mask", "strength", "resize", "paste_back", *SIZES)
 
     def __call__(self, request: Request, model: ModelFacts, generator: torch.Generator) -> Conditioning:
         latents = model.latent_channels
@@ -55,7 +56,7 @@ class InpaintTask:
         shape = (latents, *(side // model.scale_factor for side in mask_1HW.shape[1:]))
         noise_CHW = draw_noise(shape, generator)
         small_1HW = latent_nearest(mask_1HW, model.scale_factor)
-        branches = prompt_branches(request)
+        branches, weights = prompted(request, model, shape)
         blend = None
         if blends:
             assert clean_CHW is not None
@@ -68,7 +69,7 @@ class InpaintTask:
             branches = with_channels(branches, torch.cat([small_1HW, hole_CHW]))
         return Conditioning(
             branches=branches,
-            weights=guidance_weights(request.guidance_scale),
+            weights=weights,
             noise_CHW=noise_CHW,
             clean_CHW=None if whole else clean_CHW,
             begin=begin_of(request.steps, strength),

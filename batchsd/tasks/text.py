@@ -11,10 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from batchsd.tasks.told import SIZES, guidance_told, sizes_told
 from batchsd.types import Branch, Conditioning, ModelFacts, Request, RowError
 
 if TYPE_CHECKING:
     import torch
+
+Weights = Callable[[float], Sequence[float]]
+"""Of each branch, at a sigma."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +29,7 @@ class TextTask:
     generator.
     """
 
-    columns: tuple[str, ...] = ()
+    columns: tuple[str, ...] = SIZES
 
     def __call__(self, request: Request, model: ModelFacts, generator: torch.Generator) -> Conditioning:
         if model.extra_channels:
@@ -34,27 +38,35 @@ class TextTask:
                 f"task 'text' cannot fill the {model.extra_channels} extra input channels of this checkpoint "
                 "(made for depth, inpainting or editing): choose that task, or a plain text checkpoint",
             )
+        shape_CHW = latent_shape(request, model)
+        branches, weights = prompted(request, model, shape_CHW)
         return Conditioning(
-            branches=prompt_branches(request),
-            weights=guidance_weights(request.guidance_scale),
-            noise_CHW=draw_noise(latent_shape(request, model), generator),
+            branches=branches,
+            weights=weights,
+            noise_CHW=draw_noise(shape_CHW, generator),
         )
 
 
-def prompt_branches(request: Request) -> tuple[Branch, ...]:
-    """The negative prompt first, then the prompt (diffusers' order); guidance <= 1 needs the prompt alone.
+def prompted(request: Request, model: ModelFacts, shape_CHW: Sequence[int]) -> tuple[tuple[Branch, ...], Weights]:
+    """The row's branches, and their weights at any sigma; `shape_CHW` is that of its latents.
 
-    A negative that is not given is the empty text, as SD 1 and 2 were trained to drop their captions.
+    The negative prompt first, then the prompt (diffusers' order), weighted (1 - g, g); guidance <= 1 needs the
+    prompt alone, and so does a network that is told its guidance (LCM; a negative prompt has no place there). A
+    negative that is not given is the empty text, as SD 1 and 2 were trained to drop their captions; in SDXL zeros.
     """
-    if request.guidance_scale <= 1:
-        return (Branch(request.prompt),)
-    return (Branch(request.negative_prompt or ""), Branch(request.prompt))
+    added = {**sizes_told(request, model, shape_CHW), **guidance_told(request.guidance_scale, model.guidance_dim)}
+    branch = Branch(request.prompt, added=added)
+    if request.guidance_scale <= 1 or model.guidance_dim:
+        return (branch,), lambda sigma: (1.0,)
+    weights = (1.0 - request.guidance_scale, request.guidance_scale)
+    return (Branch(negative_of(request, model), added=added), branch), lambda sigma: weights
 
 
-def guidance_weights(guidance: float) -> Callable[[float], Sequence[float]]:
-    """Weights of `prompt_branches` at any sigma: (1 - g, g), or (1,) where guidance <= 1."""
-    weights = (1.0,) if guidance <= 1 else (1.0 - guidance, guidance)
-    return lambda sigma: weights
+def negative_of(request: Request, model: ModelFacts) -> str | None:
+    """What the network is told instead of the prompt; None, zeros, only where the checkpoint wants them."""
+    if request.negative_prompt is None and not model.zero_negative:
+        return ""
+    return request.negative_prompt
 
 
 def latent_shape(request: Request, model: ModelFacts) -> tuple[int, int, int]:

@@ -19,6 +19,9 @@ class TinyModel:
     extra_channels: int = 0
     scale_factor: int = 8
     native_size: int = 64
+    zero_negative: bool = False
+    takes_sizes: bool = False
+    guidance_dim: int = 0
 
     def encode_image(self, image_3HW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Means of the pixels plus one draw of noise, as a VAE's posterior has it: C H/f W/f in float32."""

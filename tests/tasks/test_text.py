@@ -18,6 +18,9 @@ class Model:
     extra_channels: int = 0
     scale_factor: int = 8
     native_size: int = 512
+    zero_negative: bool = False
+    takes_sizes: bool = False
+    guidance_dim: int = 0
 
     def encode_image(self, image_3HW, generator):
         raise AssertionError("the text task has no image")
@@ -62,8 +65,10 @@ def test_guidance_is_negative_first():
     assert guided == pytest.approx(negative + 7.5 * (prompt - negative))
 
 
-def test_negative_not_given_is_the_empty_text():
+def test_negative_not_given_is_the_empty_text_or_zeros_where_the_checkpoint_wants_them():
     assert condition(REQUEST).branches[0].prompt == ""
+    assert condition(REQUEST, Model(zero_negative=True)).branches[0].prompt is None
+    assert condition(replace(REQUEST, negative_prompt=""), Model(zero_negative=True)).branches[0].prompt == ""
 
 
 @pytest.mark.parametrize("guidance", [1.0, 0.0, 0.5])
