@@ -8,6 +8,7 @@ value is one line `jobs/a.toml:3: ...`; pydantic then checks the whole at once.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import os
@@ -25,6 +26,8 @@ from batchsd.model.hub import cached_model
 from batchsd.redact import redact
 from batchsd.settings import Conditioning, Input, Model, Output, Ray, Run, Sampler, Texts
 from batchsd.types import PIXELS_VERSION, UsageError
+
+DATED = (("input", "manifest"), ("output", "uri"))  # the settings in which {date} is the day of the run
 
 
 class Job(BaseSettings):
@@ -64,10 +67,13 @@ class Job(BaseSettings):
         return digest(redact(self.resolved()))
 
 
-def load(path: str | Path, sets: Sequence[str], environ: Mapping[str, str]) -> Job:
+def load(
+    path: str | Path, sets: Sequence[str], environ: Mapping[str, str], day: datetime.date | None = None
+) -> Job:
     """Read a job file, `--set` texts (`sampler.steps=30`) and the environment into one Job.
 
     Relative paths in the file are taken from the file's folder, in `sets` and `environ` from the current one.
+    `{date}` in `DATED` settings becomes `day`, as 2026-11-23; None is today.
     Raises UsageError with one line a problem.
     """
     layers = [
@@ -80,6 +86,9 @@ def load(path: str | Path, sets: Sequence[str], environ: Mapping[str, str]) -> J
     for layer in layers:
         _merge(values, layer)
         origins |= layer.origins
+    for section, key in DATED:
+        if key in values[section]:
+            values[section][key] = _dated(values[section][key], day or datetime.date.today())
     try:
         job = Job(**values)
     except ValidationError as error:
@@ -96,6 +105,12 @@ def _merge(values: dict[str, Any], layer: Layer) -> None:
             inner = table.get(part)
             table[part] = table = dict(inner) if isinstance(inner, dict) else {}
         table[key[-1]] = value
+
+
+def _dated(value: Any, day: datetime.date) -> Any:
+    if isinstance(value, list):
+        return [_dated(item, day) for item in value]
+    return value.replace("{date}", day.isoformat()) if isinstance(value, str) else value
 
 
 def check_names(job: Job, setting: str, known: Collection[str]) -> None:

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import tomllib
+from datetime import date
 from importlib import import_module
 from pathlib import Path
 
@@ -33,6 +34,17 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def job(text: str = "", sets: tuple[str, ...] = (), environ: dict[str, str] | None = None) -> Job:
     Path("jobs/a.toml").write_text(SMALLEST + text)
     return load("jobs/a.toml", sets, environ or {})
+
+
+def test_date_is_the_day_of_the_run_in_manifest_and_uri_alone(here):
+    text = SMALLEST.replace("prompts.parquet", "{date}/p.parquet").replace("out/run1", "out/{date}")
+    Path("jobs/a.toml").write_text(text + '[sampler]\nscheduler = "{date}"\n')
+    dated = load("jobs/a.toml", (), {}, date(2026, 2, 3))
+    assert dated.input.manifest == str(here / "jobs/2026-02-03/p.parquet")
+    assert dated.output.uri == str(here / "jobs/out/2026-02-03")
+    assert dated.sampler.scheduler == "{date}"
+    assert load("jobs/a.toml", ("output.uri=s3://b/{date}/x",), {}, date(2026, 2, 3)).output.uri == "s3://b/2026-02-03/x"
+    assert load("jobs/a.toml", (), {}).output.uri.endswith(f"out/{date.today().isoformat()}")
 
 
 def test_the_example_job_of_the_readme_has_every_key(here):

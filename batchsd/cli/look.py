@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+from datetime import datetime
 from pathlib import Path
 
 import click
 
-from batchsd.cli.options import json_option, load_job, set_option
+from batchsd.cli.options import date_option, json_option, load_job, set_option
 
 
 @click.command()
 @click.argument("job")
 @set_option
+@date_option
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="the first N rows")
-def plan(job: str, sets: tuple[str, ...], limit: int | None) -> None:
+def plan(job: str, sets: tuple[str, ...], day: datetime | None, limit: int | None) -> None:
     """Say what `run` would make, from the manifest's footers alone."""
     from batchsd.place import choose_place
     from batchsd.prepare import prepare
     from batchsd.summary import plan_lines
 
-    loaded = load_job(job, sets)
+    loaded = load_job(job, sets, day)
     with choose_place(loaded, None, os.environ) as place:
         prepared = prepare(loaded, place.workers, place.gpu, limit)
     click.echo("\n".join(plan_lines(prepared, place.describe())))
@@ -30,14 +32,15 @@ def plan(job: str, sets: tuple[str, ...], limit: int | None) -> None:
 @click.command()
 @click.argument("job")
 @set_option
-def validate(job: str, sets: tuple[str, ...]) -> None:
+@date_option
+def validate(job: str, sets: tuple[str, ...], day: datetime | None) -> None:
     """Read every row of JOB's manifest and list those that would be refused."""
     from batchsd import plugins
     from batchsd.manifest import open_manifest
     from batchsd.prepare import check_registered, names_of
     from batchsd.reader import scan
 
-    loaded = load_job(job, sets)
+    loaded = load_job(job, sets, day)
     registry = plugins.build(loaded.plugins, Path())
     check_registered(loaded, registry)
     names = names_of(registry)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from batchsd.cli.options import load_job, set_option
+from batchsd.cli.options import date_option, load_job, set_option
 from batchsd.cli.terminal import Display, say, signals
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ address_option = click.option("--address", help="a Ray cluster: host:port, auto,
 @click.command()
 @click.argument("job")
 @set_option
+@date_option
 @local_option
 @address_option
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="the first N rows, into <uri>-limit-N")
@@ -37,6 +38,7 @@ address_option = click.option("--address", help="a Ray cluster: host:port, auto,
 def run(
     job: str,
     sets: tuple[str, ...],
+    day: datetime | None,
     local: bool,
     address: str | None,
     limit: int | None,
@@ -52,7 +54,7 @@ def run(
 
     if update and new:
         raise click.UsageError("--update changes the run that is there, --new leaves it alone: give one of them")
-    loaded, where = load_job(job, sets), "none" if local else address
+    loaded, where = load_job(job, sets, day), "none" if local else address
     if new:
         loaded = beside(loaded, limit)
     if dry_run:
