@@ -123,10 +123,10 @@ class Ledger:
             if match := MARKER.fullmatch(name):
                 shard, revision = int(match[1]), int(match[2] or 0)
                 highest[shard] = max(revision, highest.get(shard, 0))
-        for shard in sorted(highest):
-            marker = self._marker(shard, highest[shard])
-            assert marker is not None, shard
-            yield marker
+        names = (self._marker_name(shard, highest[shard]) for shard in sorted(highest))
+        for data in self.store.read_each(names):
+            assert data is not None, "markers are never removed"
+            yield _read_marker(data)
 
     def tally(self) -> Tally:
         total = Tally()
@@ -244,18 +244,14 @@ class Ledger:
 
     def _marker(self, shard: int, revision: int) -> Marker | None:
         data = self.store.read(self._marker_name(shard, revision))
-        if data is None:
-            return None
-        values = json.loads(data)
-        files = tuple(OutputFile(**file) for file in values["files"])
-        return Marker(**{**values, "files": files})
+        return None if data is None else _read_marker(data)
 
     def _publish(self, marker: Marker) -> None:
         staging = f"{STAGING}/{_staging_name(marker.shard, marker.nonce)}"
-        moved = [
-            self.store.publish(f"{staging}/{file.name}", place_of(file.name)) for file in marker.files
-        ]
-        if not all(moved):  # moved before, by us or by another driver
+        pairs = [(f"{staging}/{file.name}", place_of(file.name)) for file in marker.files]
+        if not self.store.publish(pairs):  # moved before, by us or by another driver
+            if self._standing(marker.shard).revision > marker.revision:
+                return  # another driver has built the shard anew meanwhile
             published = self.published()
             for file in marker.files:
                 if published.get(place_of(file.name)) != file.bytes:
@@ -294,6 +290,11 @@ def place_of(name: str) -> str:
 def staging_folder(shard: Shard, nonce: str) -> str:
     """Where an attempt at a shard builds its files, relative to the run folder."""
     return f"{STAGING}/{_staging_name(shard.index, nonce)}"
+
+
+def _read_marker(data: bytes) -> Marker:
+    values = json.loads(data)
+    return Marker(**{**values, "files": tuple(OutputFile(**file) for file in values["files"])})
 
 
 def _revised(revision: int) -> str:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from batchsd.types import InfrastructureError, UsageError
+from batchsd.redact import redact
+from batchsd.scratch import Scratch, disk_trouble
+from batchsd.types import UsageError
 
 
 class Store(Protocol):
@@ -34,6 +37,10 @@ class Store(Protocol):
         """The file's bytes, or None where there is none."""
         ...
 
+    def read_each(self, names: Iterable[str]) -> Iterator[bytes | None]:
+        """`read` of many files, in their order."""
+        ...
+
     def open(self, name: str) -> BinaryIO:
         """The file, to be read at any place."""
         ...
@@ -46,8 +53,8 @@ class Store(Protocol):
         """The names directly in `folder`, sorted; none where it is absent."""
         ...
 
-    def publish(self, source: str, target: str) -> bool:
-        """Bring a staged file under its final name, replacing; False where `source` is gone."""
+    def publish(self, pairs: Sequence[tuple[str, str]]) -> bool:
+        """Bring staged files (source, target) under their final names, replacing; False where a source is gone."""
         ...
 
     def remove(self, folder: str) -> None:
@@ -55,7 +62,7 @@ class Store(Protocol):
         ...
 
     def scratch(self, folder: str) -> Path:
-        """A new local folder in which a worker builds what `hand_in` brings to `folder`."""
+        """A new local folder in which this worker builds what `hand_in` brings to `folder`."""
         ...
 
     def hand_in(self, folder: str) -> None:
@@ -66,17 +73,17 @@ class Store(Protocol):
 class LocalStore:
     """A run folder on a local or shared POSIX file system that has hard links and atomic rename.
 
-    Workers build their files in `build_in`, where it is given, else in the staging folder itself.
+    Workers build their files in `building`, where it is given, else in the staging folder itself.
     """
 
-    def __init__(self, root: Path, build_in: Path | None = None) -> None:
+    def __init__(self, root: Path, building: Scratch | None = None) -> None:
         self.root = root
         self.uri = str(root)
-        self.build_in = build_in
+        self.building = building
 
     def create_only(self, name: str, data: bytes) -> bool:
         path = self._path(name)
-        with self._trouble(path), self._temporary(path, data) as temporary:
+        with disk_trouble(path), self._temporary(path, data) as temporary:
             try:
                 os.link(temporary, path)  # rename would replace, O_EXCL show a part
             except FileExistsError:
@@ -86,26 +93,29 @@ class LocalStore:
 
     def put(self, name: str, data: bytes) -> None:
         path = self._path(name)
-        with self._trouble(path), self._temporary(path, data) as temporary:
+        with disk_trouble(path), self._temporary(path, data) as temporary:
             os.replace(temporary, path)
             _sync_folder(path.parent)
 
     def read(self, name: str) -> bytes | None:
         path = self._path(name)
-        with self._trouble(path):
+        with disk_trouble(path):
             try:
                 return path.read_bytes()
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
+    def read_each(self, names: Iterable[str]) -> Iterator[bytes | None]:
+        return map(self.read, names)
+
     def open(self, name: str) -> BinaryIO:
         path = self._path(name)
-        with self._trouble(path):
+        with disk_trouble(path):
             return path.open("rb")
 
     def entries(self, folder: str) -> Iterator[tuple[str, int]]:
         top = self._path(folder)
-        with self._trouble(top):
+        with disk_trouble(top):
             for path in top.rglob("*"):
                 with suppress(FileNotFoundError):  # removed by another driver while we look
                     if path.is_file():
@@ -113,22 +123,27 @@ class LocalStore:
 
     def children(self, folder: str) -> list[str]:
         path = self._path(folder)
-        with self._trouble(path):
+        with disk_trouble(path):
             try:
                 return sorted(os.listdir(path))
             except FileNotFoundError:
                 return []
 
-    def publish(self, source: str, target: str) -> bool:
-        path = self._path(target)
-        with self._trouble(path):
-            _make_folder(path.parent)
-            try:
-                os.replace(self._path(source), path)
-            except FileNotFoundError:
-                return False
-            _sync_folder(path.parent)
-            return True
+    def publish(self, pairs: Sequence[tuple[str, str]]) -> bool:
+        whole, parents = True, set()
+        for source, target in pairs:
+            path = self._path(target)
+            with disk_trouble(path):
+                _make_folder(path.parent)
+                try:
+                    os.replace(self._path(source), path)
+                    parents.add(path.parent)
+                except FileNotFoundError:
+                    whole = False
+        for parent in parents:
+            with disk_trouble(parent):
+                _sync_folder(parent)
+        return whole
 
     def remove(self, folder: str) -> None:
         path = self._path(folder)
@@ -138,18 +153,21 @@ class LocalStore:
         shutil.rmtree(path, ignore_errors=True)
 
     def scratch(self, folder: str) -> Path:
-        path = self._path(folder) if self.build_in is None else self.build_in / _flat(folder)
-        with self._trouble(path):
+        if self.building is not None:
+            return self.building.make(folder)
+        path = self._path(folder)
+        with disk_trouble(path):
             _make_folder(path.parent)
             path.mkdir()
-            return path
+        return path
 
     def hand_in(self, folder: str) -> None:
         path = self._path(folder)
-        with self._trouble(path):
-            if self.build_in is not None:  # staging must lie in the file system of `data/`, to be renamed
+        with disk_trouble(path):
+            if self.building is not None:  # staging must lie in the file system of `data/`, to be renamed
                 _make_folder(path.parent)
-                shutil.move(self.build_in / _flat(folder), path)
+                shutil.move(self.building.place(folder), path)
+                self.building.remove(folder)
             for below, _, names in os.walk(path):
                 for name in names:
                     with open(os.path.join(below, name), "rb") as file:
@@ -175,36 +193,25 @@ class LocalStore:
         finally:
             temporary.unlink(missing_ok=True)
 
-    @contextmanager
-    def _trouble(self, path: Path) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            with suppress(OSError):
-                free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
-                raise InfrastructureError(
-                    f"{path}: {error.strerror or error} ({free / 2**20:,.0f} MiB free there); "
-                    "run the same command again when that is mended"
-                ) from error
-            raise InfrastructureError(f"{path}: {error.strerror or error}") from error
-
 
 def open_store(uri: str, scratch: str = "") -> Store:
-    """The store of a run folder; workers build in the local folder `scratch`, where it is given.
+    """The store of a run folder: a path, or `s3://bucket/folder`. Workers build in the local folder `scratch`.
 
+    Without it they build in the run folder itself, where that is local, else in the system's temporary folder.
     Raises UsageError for a storage that is not known.
     """
-    if "://" in uri and not uri.startswith("file://"):
-        raise UsageError(f"output.uri: {uri!r}: only local folders can be written; give a path")
+    building = Scratch(Path(scratch).absolute()) if scratch else None
+    scheme = uri.partition("://")[0].lower() if "://" in uri else "file"
+    if scheme == "s3":
+        from batchsd.object_store import ObjectStore
+
+        return ObjectStore(uri, building or Scratch(Path(tempfile.gettempdir())))
+    if scheme != "file":
+        raise UsageError(f"output.uri: {redact(uri)!r}: cannot be written; give a path, or s3://bucket/folder")
     root = Path(uri.removeprefix("file://")).absolute()
     if root.exists() and not root.is_dir():
         raise UsageError(f"output.uri: {root} is a file; give a folder")
-    return LocalStore(root, Path(scratch).absolute() if scratch else None)
-
-
-def _flat(folder: str) -> str:
-    """One name for a staging folder: many runs may share a scratch folder, and the nonce tells them apart."""
-    return f"batchsd-{folder.rpartition('/')[2]}"
+    return LocalStore(root, building)
 
 
 def _make_folder(path: Path) -> None:

@@ -49,3 +49,6 @@ def write_checkpoint(folder: Path, **unet: object) -> Path:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small SD1-like checkpoint: text only, epsilon, 16x16 pixels natively."""
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+pytest_plugins = ["s3"]

@@ -72,7 +72,9 @@ MAY_IMPORT = {
     "lock": "store",
     "ledger": "plan store",
     "plan": "",
-    "store": "",
+    "store": "object_store redact scratch",
+    "object_store": "redact scratch",
+    "scratch": "",
     "progress": "",
     "encode": "",
     # the job
@@ -103,6 +105,7 @@ DOORS = {
     "pluggy": "__init__ hookspecs plugins",
     "pydantic": "job job_errors job_sources settings training",
     "pydantic_settings": "job",
+    "botocore": "object_store",
 }
 
 # Slow to import: at the top of a file only in these rooms, elsewhere inside the function that needs it.
