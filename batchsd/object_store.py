@@ -253,10 +253,11 @@ def code_of(error: Exception) -> str:
 def passes(error: Exception, code: str) -> bool:
     """Whether the same request may succeed a moment later."""
     from botocore import exceptions
+    from botocore.parsers import ResponseParserError
 
     if response := getattr(error, "response", None):
         return code in PASSING or response["ResponseMetadata"].get("HTTPStatusCode", 500) >= 500
-    unsent = (exceptions.HTTPClientError, exceptions.IncompleteReadError, exceptions.ResponseParserError)
+    unsent = (exceptions.HTTPClientError, exceptions.IncompleteReadError, ResponseParserError)
     return isinstance(error, (*unsent, OSError))
 
 

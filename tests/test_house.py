@@ -22,9 +22,10 @@ LONGEST = 330  # lines; a longer file is two files
 MAY_IMPORT = {
     # the command line
     "__main__": "cli",
-    "cli": "drive export job ledger lock manifest model place plugins prepare progress reader report "
+    "cli": "drive export infra job ledger lock manifest model place plugins prepare progress reader report "
     "revise status store summary verify",
     "report": "redact reread",
+    "infra": "job",
     "export": "card ledger reread run store",
     "reread": "columns ledger plan store",
     "summary": "card contact ledger prepare progress",

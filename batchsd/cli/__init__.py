@@ -12,6 +12,7 @@ import sys
 import click
 
 from batchsd.cli.export import export, report
+from batchsd.cli.infra import infra
 from batchsd.cli.look import inspect, plan, plugins, schema, status, validate
 from batchsd.cli.operate import verify
 from batchsd.cli.run import retry, run
@@ -45,5 +46,5 @@ def commands() -> None:
     """Turn a Parquet manifest of prompts into a dataset of pictures."""
 
 
-for command in (run, plan, validate, status, retry, verify, export, report, inspect, plugins, schema):
+for command in (run, plan, validate, status, retry, verify, export, report, inspect, plugins, schema, infra):
     commands.add_command(command)
