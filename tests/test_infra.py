@@ -111,9 +111,9 @@ def closed(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     out = {key: closed(value) for key, value in schema.items()}
-    if isinstance(schema.get("properties"), dict) and not schema.get("x-kubernetes-preserve-unknown-fields"):
-        if schema.get("type") == "object" and set(schema["properties"]) != {"apiVersion", "kind", "metadata"}:
-            out.setdefault("additionalProperties", False)
+    fields, free = schema.get("properties"), schema.get("x-kubernetes-preserve-unknown-fields")
+    if isinstance(fields, dict) and schema.get("type") == "object" and not free:
+        out.setdefault("additionalProperties", False)
     if schema.get("x-kubernetes-int-or-string"):
         out.pop("type", None)
     return out
