@@ -15,7 +15,7 @@ from torch import Tensor
 
 from batchsd.model.config import read_json
 from batchsd.model.families import BY_CONTEXT, SD1, SDXL, TASKS, scheduler_config
-from batchsd.model.parts import Parts, TextParts
+from batchsd.model.parts import DepthParts, Parts, TextParts
 from batchsd.model.tokenizer import CLIP_VOCABULARY, clip_tokenizer, load_tokenizer
 from batchsd.model.weights import modern_names, read_state
 from batchsd.types import UsageError
@@ -58,7 +58,8 @@ def read_folder(path: Path, vae: bool = True) -> Parts:
     facts = read_json(index) if index.exists() else {}
     zero = bool(facts.get("force_zeros_for_empty_prompt", two))
     return Parts(
-        str(path), f"{name} {task}", unet_config, unet, vae_config, vae_state, texts, chosen, zero, tuple(reasons)
+        str(path), f"{name} {task}", unet_config, unet, vae_config, vae_state, texts, chosen, zero, tuple(reasons),
+        _depth(path / "depth_estimator"),
     )  # fmt: skip
 
 
@@ -69,6 +70,13 @@ def _text(path: Path, suffix: str, pad: str) -> TextParts:
     if not words.is_dir() and config.get("vocab_size") == CLIP_VOCABULARY:
         load = partial(clip_tokenizer, pad)
     return TextParts(config, network_state(folder, TEXT), load, str(folder))
+
+
+def _depth(folder: Path) -> DepthParts | None:
+    """SD2-depth's depth network; None where the folder has none."""
+    if not folder.is_dir():
+        return None
+    return DepthParts(read_json(folder / "config.json"), network_state(folder, TEXT), str(folder))
 
 
 def network_state(folder: Path, stem: str) -> dict[str, Tensor]:

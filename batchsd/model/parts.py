@@ -24,6 +24,15 @@ class TextParts:
 
 
 @dataclass(frozen=True)
+class DepthParts:
+    """SD2-depth's own depth network: transformers' DPT config keys, its tensors, and its place for errors."""
+
+    config: Mapping[str, Any]
+    state: State
+    where: str
+
+
+@dataclass(frozen=True)
 class Parts:
     """A checkpoint taken apart. `reasons` say, a line each, what was recognised and why."""
 
@@ -38,3 +47,4 @@ class Parts:
     # A negative prompt that is not given is zeros, not the empty text.
     zero_negative: bool = False
     reasons: tuple[str, ...] = ()
+    depth: DepthParts | None = None

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from batchsd.model.families import SD2, Family, sample_size, scheduler_config
 from batchsd.model.ldm_names import openclip_state, unet_state, vae_state
-from batchsd.model.parts import Parts, TextParts
+from batchsd.model.midas_names import CONFIG as DEPTH_CONFIG
+from batchsd.model.midas_names import depth_state
+from batchsd.model.parts import DepthParts, Parts, TextParts
 from batchsd.model.shapes import text_dict, unet_dict, vae_dict
 from batchsd.model.sniff import family_of, prediction_of, refuse_others, task_of
 from batchsd.model.tokenizer import clip_tokenizer
@@ -20,6 +22,7 @@ from batchsd.types import UsageError
 
 _UNET, _EMA = "model.diffusion_model.", "model_ema."
 _VAE = ("first_stage_model.", "vae.")
+_DEPTH = "depth_model.model."
 _CLIP = {"SD1": "cond_stage_model.transformer.", "SDXL": "conditioner.embedders.0.transformer."}
 _OPENCLIP = {"SD2": "cond_stage_model.model.", "SDXL": "conditioner.embedders.1.model."}
 # Inside the networks' prefixes, and no part of them: training losses, position numbers.
@@ -67,7 +70,7 @@ def _taken_apart(state: State, notes: Mapping[str, str], where: str, ema: bool) 
     vae_config |= vae_dict(vae) if vae else {}
     return Parts(
         where, f"{family.name} {task}", unet_config, unet, vae_config, vae, _texts(family, state, where), scheduler,
-        family.zero_negative, reasons,
+        family.zero_negative, reasons, _depth(state, where),
     )  # fmt: skip
 
 
@@ -101,6 +104,12 @@ def _texts(family: Family, state: State, where: str) -> tuple[TextParts, ...]:
     return tuple(parts)
 
 
+def _depth(state: State, where: str) -> DepthParts | None:
+    """The depth network that SD2-depth's file holds; None where there is none."""
+    found = under(state, _DEPTH)
+    return DepthParts(DEPTH_CONFIG, depth_state(found), where) if found else None
+
+
 def _without_last_layer(tower: State) -> dict[str, Tensor]:
     """SD2 looks at the last layer but one: the last one is in the file for nothing."""
     last = text_dict(tower)["num_hidden_layers"] - 1
@@ -115,7 +124,7 @@ def _leftovers(state: State, ema: bool) -> tuple[str, ...]:
         lines.append(f"{averaged} tensors of an averaged U-Net (model_ema.) are not used")
     depth = sum(name.startswith("depth_model.") for name in state)
     if depth:
-        lines.append(f"{depth} tensors of a depth network (depth_model.) are not used")
+        lines.append(f"{depth} tensors of a depth network (depth_model.), for rows that bring no depth map")
     known = (_UNET, _EMA, *_VAE, "cond_stage_model.", "conditioner.", "depth_model.")
     others = [name for name in state if not name.startswith(known) and "." in name]
     if others:

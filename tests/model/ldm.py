@@ -174,3 +174,56 @@ def openclip(state: dict[str, Tensor], spare_layer: bool) -> dict[str, Tensor]:
     projection = state.get("text_projection.weight")
     found["text_projection"] = torch.zeros(8, 8) if projection is None else projection.T
     return found
+
+
+def dpt_to_midas(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' DPT-hybrid as MiDaS' code names it, with the classifier that its file carries along."""
+    found = {"pretrained.model.head.weight": torch.zeros(1), "pretrained.model.head.bias": torch.zeros(1)}
+    backbone = "dpt.embeddings.backbone.bit."
+    for name, value in state.items():
+        if name.startswith(backbone):
+            name = name.replace(backbone + "embedder.convolution.", "stem.conv.").replace(
+                backbone + "embedder.", "stem."
+            )
+            name = name.removeprefix(backbone + "encoder.").replace(".layers.", ".blocks.")
+            found[f"pretrained.model.patch_embed.backbone.{name}"] = value
+        elif name.startswith("dpt.encoder.layer."):
+            _, _, _, number, rest = name.split(".", 4)
+            if ".query." in rest:
+                three = [state[name.replace(".query.", f".{part}.")] for part in ("query", "key", "value")]
+                found[f"pretrained.model.blocks.{number}.attn.qkv.{rest.split('.')[-1]}"] = torch.cat(three)
+            elif ".key." not in rest and ".value." not in rest:
+                part, kind = rest.rsplit(".", 1)
+                inner = {
+                    "attention.output.dense": "attn.proj", "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2",
+                    "layernorm_before": "norm1", "layernorm_after": "norm2",
+                }[part]  # fmt: skip
+                found[f"pretrained.model.blocks.{number}.{inner}.{kind}"] = value
+        elif name.startswith("neck.fusion_stage.layers."):
+            _, _, _, number, rest = name.split(".", 4)
+            rest = rest.replace("residual_layer", "resConfUnit").replace("convolution", "conv")
+            found[f"scratch.refinenet{4 - int(number)}.{rest.replace('projection.', 'out_conv.')}"] = value
+        else:
+            found[_midas_end(name)] = value
+    return found
+
+
+def _midas_end(name: str) -> str:
+    for number in range(4):
+        for theirs, ours in (
+            (
+                f"neck.reassemble_stage.readout_projects.{number}.0",
+                f"pretrained.act_postprocess{number + 1}.0.project.0",
+            ),
+            (f"neck.reassemble_stage.layers.{number}.projection", f"pretrained.act_postprocess{number + 1}.3"),
+            (f"neck.reassemble_stage.layers.{number}.resize", f"pretrained.act_postprocess{number + 1}.4"),
+            (f"neck.convs.{number}", f"scratch.layer{number + 1}_rn"),
+        ):
+            name = name.replace(theirs + ".", ours + ".")
+    for theirs, ours in (
+        ("dpt.embeddings.cls_token", "pretrained.model.cls_token"), ("dpt.layernorm", "pretrained.model.norm"),
+        ("dpt.embeddings.position_embeddings", "pretrained.model.pos_embed"), ("head.head", "scratch.output_conv"),
+        ("dpt.embeddings.projection", "pretrained.model.patch_embed.proj"),
+    ):  # fmt: skip
+        name = name.replace(theirs, ours)
+    return name
