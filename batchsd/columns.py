@@ -192,14 +192,15 @@ def row_json(record: Record, schema: pa.Schema, name: str) -> str:
     table = to_table([record], schema, name)
     kept = [field.name for field in schema if not holds_bytes(field.type)]
     (row,) = table.select(kept).to_pylist()
-    return json.dumps(_json_value(row), ensure_ascii=True, sort_keys=True)
+    return json.dumps(json_value(row), ensure_ascii=True, sort_keys=True)
 
 
-def _json_value(value: Any) -> Any:
+def json_value(value: Any) -> Any:
+    """A cell as `row_json` holds it."""
     if isinstance(value, Mapping):
-        return {str(key): _json_value(inner) for key, inner in value.items()}
+        return {str(key): json_value(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_value(inner) for inner in value]
+        return [json_value(inner) for inner in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, bool | int | str) else str(value)
@@ -212,6 +213,16 @@ def picture_name(name: str, index: int, extension: str) -> str:
     """
     _, number, _, _, *plan = name.split("-")
     return f"{'-'.join([number, *plan, f'{index:06d}'])}.{extension}"
+
+
+def row_index(picture: str) -> int:
+    """The row that `picture_name` named: 17 of `00042-000017.png`."""
+    return int(picture.partition(".")[0].rpartition("-")[2])
+
+
+def picture_column(schema: pa.Schema) -> str:
+    """The output's name of the picture that was drawn; kept inputs may be pictures too."""
+    return next(field.name for field in schema if (field.metadata or {}).get(OURS) == b"image")
 
 
 def _picture(record: Record, name: str) -> dict[str, Any] | None:

@@ -79,8 +79,10 @@ class ObjectStore:
         while some := list(islice(waiting, READ_AHEAD)):
             yield from self._each(self.read, some)
 
-    def open(self, name: str) -> BinaryIO:
-        head = self._ask(name, lambda: self.client.head_object(**self._key(name)))
+    def open(self, name: str) -> BinaryIO | None:
+        head = self._ask(name, lambda: self.client.head_object(**self._key(name)), refused=("NoSuchKey", "404"))
+        if head is None:
+            return None
 
         def fetch(first: int, last: int) -> bytes:
             return self._ask(name, lambda: self._get(name, first, last))

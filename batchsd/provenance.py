@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ XMP = (
     'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType="{}"/>'
     '</rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
 )
+KEYWORDS = (b"parameters\0", b"batchsd\0", b"XML:com.adobe.xmp\0")  # of PNG chunks
 SEGMENT = 65533  # bytes of a JPEG segment
 
 
@@ -46,6 +47,10 @@ class Told:
     def open(self, folder: Path, name: str, schema: pa.Schema) -> ToldShard:
         return ToldShard(self.inner.open(folder, name, schema), self.embed, name, schema)
 
+    def reread(self, *published: Any) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """What the inner sink reads back, if it does (see `published.Rereads`)."""
+        return self.inner.reread(*published) if hasattr(self.inner, "reread") else iter(())
+
 
 @dataclass(frozen=True, slots=True)
 class ToldShard:
@@ -55,21 +60,37 @@ class ToldShard:
     schema: pa.Schema
 
     def add(self, record: Record) -> None:
-        if record.image is not None and not is_told(record.image):
-            record = replace(record, image=tell(record, self.embed, self.schema, self.name))
+        if record.image is not None:
+            drawn = replace(record, image=untell(record.image))  # a revision keeps pictures, of rows that may say more
+            record = replace(record, image=tell(drawn, self.embed, self.schema, self.name))
         self.inner.add(record)
 
     def close(self) -> None:
         self.inner.close()
 
 
-def is_told(data: bytes) -> bool:
-    """Whether the file went through `tell` before: a picture that a revision keeps, to the byte."""
+def untell(data: bytes) -> bytes:
+    """The file as the encoder gave it, before `tell`; a file that was never told is the same."""
     if data[:4] == b"RIFF":
-        return data[12:16] == b"VP8X"
+        return _out_of_webp(data)
     if data[:2] == b"\xff\xd8":
-        return b"\xff\xe1" in (data[2:4], data[20:22])  # behind JFIF's 18 bytes
-    return data[37:41] in (b"tEXt", b"iTXt")
+        end = start = 4 + int.from_bytes(data[4:6], "big") if data[2:4] == b"\xff\xe0" else 2
+        while data[end : end + 2] == b"\xff\xe1":
+            end += 2 + int.from_bytes(data[end + 2 : end + 4], "big")
+    else:
+        end = start = 8 + 25  # signature and IHDR
+        while data[end + 4 : end + 8] in (b"tEXt", b"iTXt") and data[end + 8 :].startswith(KEYWORDS):
+            end += 12 + int.from_bytes(data[end : end + 4], "big")
+    return data[:start] + data[end:]
+
+
+def _out_of_webp(data: bytes) -> bytes:
+    """The plain format again: one chunk, the picture's."""
+    if data[12:16] != b"VP8X" or data[30:34] not in (b"VP8 ", b"VP8L"):
+        return data
+    size = int.from_bytes(data[34:38], "little")
+    body = b"WEBP" + data[30 : 38 + size + size % 2]
+    return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
 def tell(record: Record, embed: Sequence[str], schema: pa.Schema, name: str) -> bytes:

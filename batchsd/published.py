@@ -1,32 +1,38 @@
 """Rows of a published shard, read back: a shard that is built anew keeps the pictures that are still right.
 
 A picture is kept, to the byte, where its row was ok and its `row_hash` is that of the row as it is asked now.
+Every built-in layout reads back; rows that were put aside come back to their places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, runtime_checkable
 
 from batchsd.columns import MANIFEST, OURS
-from batchsd.ledger import DATA
-from batchsd.provenance import Told
+from batchsd.ledger import place_of
 from batchsd.store import Store
 from batchsd.types import Record, Request, Shard, Sink
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+OpenFile = Callable[[str], BinaryIO | None]
+"""A published file by its name in the marker; None where there is none."""
+
 
 @runtime_checkable
 class Rereads(Protocol):
     """A sink whose files can be read back. Of other sinks a revision redraws whole shards."""
 
-    def reread(self, open_file: Callable[[str], BinaryIO], name: str, pictures: bool) -> Iterator[pa.Table]:
-        """The rows of shard `name` in order, in tables of the run's schema; image columns where asked for.
+    def reread(
+        self, open_file: OpenFile, name: str, schema: pa.Schema, pictures: bool
+    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """The rows of shard `name` in order: their numbers within it, and their values by output column.
 
-        `open_file` opens a published file by its name below `data/`.
+        A layout may leave out what it does not hold, and hold values as JSON has them. The picture's value is
+        `{"bytes", "path"}`; it may be left out unless `pictures`.
         """
         ...
 
@@ -35,8 +41,8 @@ class Rereads(Protocol):
 class Row:
     """What a published row says of itself, by our names, and its manifest columns as they travelled."""
 
-    ours: dict[str, Any]
-    travelled: dict[str, Any]
+    ours: Mapping[str, Any]
+    travelled: Mapping[str, Any]
 
     def fits(self, request: Request) -> bool:
         """Whether it is what `request` asks for, drawn well."""
@@ -51,21 +57,20 @@ class Row:
         return Record(request, "ok", image=image["bytes"], extension=extension, **size)
 
 
-def reread(store: Store, sink: Sink, shard: Shard, pictures: bool) -> Iterator[Row]:
-    """The published rows of a shard, in order; none of a sink that does not read back."""
-    if isinstance(sink, Told):
-        sink = sink.inner
+def reread(store: Store, sink: Sink, shard: Shard, schema: pa.Schema, pictures: bool) -> Iterator[Row]:
+    """The published rows of a shard, in order; none of a sink that does not read back.
+
+    `schema` is the run's. A shard that lost rows ends where the first one is missing.
+    """
     if not isinstance(sink, Rereads):
         return
-    for table in sink.reread(lambda name: store.open(f"{DATA}/{name}"), shard.name, pictures):
-        ours, travelled = {}, {}
-        for field, column in zip(table.schema, table.columns, strict=True):
-            if OURS in field.metadata:
-                ours[field.metadata[OURS].decode()] = column.to_pylist()
-            else:
-                travelled[field.metadata[MANIFEST].decode()] = column.to_pylist()
-        for i in range(table.num_rows):
-            yield Row(
-                {name: values[i] for name, values in ours.items()},
-                {name: values[i] for name, values in travelled.items()},
-            )
+    ours = {f.name: f.metadata[OURS].decode() for f in schema if OURS in f.metadata}
+    travelled = {f.name: f.metadata[MANIFEST].decode() for f in schema if MANIFEST in f.metadata}
+    rows = sink.reread(lambda name: store.open(place_of(name)), shard.name, schema, pictures)
+    for place, (index, values) in enumerate(rows):
+        if index != place:
+            return
+        yield Row(
+            {ours[name]: value for name, value in values.items() if name in ours},
+            {travelled[name]: value for name, value in values.items() if name in travelled},
+        )

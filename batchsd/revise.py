@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-from batchsd.columns import manifest_column
+from batchsd.columns import json_value, manifest_column
 from batchsd.job import Job
 from batchsd.ledger import Ledger, Tally
 from batchsd.plan import Plan
@@ -100,7 +100,7 @@ def edited(prepared: Prepared) -> set[int]:
         shard, before = prepared.shards[marker.shard], plans.get(marker.plan_hash)
         if before is not None and before.files[shard.file]["sha256"] == plan.files[shard.file]["sha256"]:
             continue
-        if _edited_rows(reread(ledger.store, sink, shard, False), read(shard), moves):
+        if _edited_rows(reread(ledger.store, sink, shard, prepared.recipe.schema, False), read(shard), moves):
             touched.add(marker.shard)
     moves.refuse()
     return touched
@@ -129,8 +129,9 @@ def differs(row: Row, request: Request) -> bool:
     return any(not _same(value, now[name]) for name, value in row.travelled.items())
 
 
-def _same(one: Any, other: Any) -> bool:
-    return bool(one == other or (one != one and other != other))  # NaN is itself
+def _same(written: Any, now: Any) -> bool:
+    """NaN is itself; and some layouts hold values as JSON has them."""
+    return bool(written == now or (written != written and now != now) or written == json_value(now))
 
 
 @dataclass(slots=True)

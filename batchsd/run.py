@@ -103,7 +103,7 @@ def work(bench: Workbench, take: Take, announce: Callable[[Event], None]) -> Ite
 
     def rows(writer: ShardWriter) -> Iterator[Request]:
         count = 0
-        published = reread(bench.store, bench.sink, writer.shard, True) if writer.revises else iter(())
+        published = reread(bench.store, bench.sink, writer.shard, bench.schema, True) if writer.revises else iter(())
         for request in bench.read(writer.shard):
             count += 1
             if count > writer.rows:

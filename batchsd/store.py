@@ -41,8 +41,8 @@ class Store(Protocol):
         """`read` of many files, in their order."""
         ...
 
-    def open(self, name: str) -> BinaryIO:
-        """The file, to be read at any place."""
+    def open(self, name: str) -> BinaryIO | None:
+        """The file, to be read at any place, or None where there is none."""
         ...
 
     def entries(self, folder: str) -> Iterator[tuple[str, int]]:
@@ -108,10 +108,13 @@ class LocalStore:
     def read_each(self, names: Iterable[str]) -> Iterator[bytes | None]:
         return map(self.read, names)
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name: str) -> BinaryIO | None:
         path = self._path(name)
         with disk_trouble(path):
-            return path.open("rb")
+            try:
+                return path.open("rb")
+            except (FileNotFoundError, NotADirectoryError):
+                return None
 
     def entries(self, folder: str) -> Iterator[tuple[str, int]]:
         top = self._path(folder)

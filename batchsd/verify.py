@@ -8,17 +8,21 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import PurePosixPath
 from typing import BinaryIO
 
 from batchsd.columns import OURS
 from batchsd.ledger import Ledger, Marker, place_of
-from batchsd.store import open_store
+from batchsd.store import Store, open_store
 from batchsd.types import InfrastructureError, OutputFile, UsageError
 
 PICTURES = (".png", ".jpg", ".webp")
+BUILT_IN = ("parquet", "webdataset", "folder")  # layouts whose rows can be counted
+AT_ONCE = 4  # files
 
 
 @dataclass(slots=True)
@@ -47,25 +51,23 @@ def verify(uri: str, found: Callable[[str], None], looked: Callable[[Verdict], N
     plan = ledger.plan()
     if plan is None:
         raise UsageError(f"{uri}: no run of batchsd is here (no plan)")
-    verdict, named, shards = Verdict(), set(), set()
-    published = ledger.published()
+    verdict, named, shards = Verdict(), set[str](), set[int]()
+    published, workers = ledger.published(), ThreadPoolExecutor(AT_ONCE)
     for marker in ledger.markers():
         shards.add(marker.shard)
-        for fault in marker_faults(marker):
-            found(f"marker of shard {marker.shard}: {fault}")
-        pictures = 0
-        for file in marker.files:
-            place = place_of(file.name)
-            if place in named:
-                found(f"{place}: two shards name it")
-            named.add(place)
-            if published.get(place) != file.bytes:
-                found(f"{place}: {published.get(place, 'no')} bytes, its marker says {file.bytes}")
-                continue
-            pictures += _look(ledger, file, found)
-        if pictures != marker.ok:
-            found(f"shard {marker.shard}: {pictures} pictures are whole, its marker says {marker.ok}")
-        verdict.add(marker, pictures)
+        for fault in (*marker_faults(marker), *_unlike(marker, published, named)):
+            found(fault)
+        seen = Seen()
+        for one in workers.map(partial(look_at, ledger.store), _present(marker, published)):
+            seen.rows, seen.pictures = seen.rows + one.rows, seen.pictures + one.pictures
+            for fault in one.faults:
+                found(fault)
+        if seen.pictures != marker.ok:
+            found(f"shard {marker.shard}: {seen.pictures} pictures are whole, its marker says {marker.ok}")
+        if plan.sink in BUILT_IN and seen.rows != marker.rows:
+            found(f"shard {marker.shard}: its files hold {seen.rows} rows, its marker says {marker.rows}")
+        named |= {place_of(file.name) for file in marker.files}
+        verdict.add(marker, seen.pictures)
         looked(verdict)
     for name in sorted(published.keys() - named):
         found(f"{name}: no marker names it")
@@ -77,42 +79,67 @@ def verify(uri: str, found: Callable[[str], None], looked: Callable[[Verdict], N
     return verdict
 
 
+def _present(marker: Marker, published: Mapping[str, int]) -> list[OutputFile]:
+    return [file for file in marker.files if published.get(place_of(file.name)) == file.bytes]
+
+
+def _unlike(marker: Marker, published: Mapping[str, int], named: Collection[str]) -> Iterator[str]:
+    """What a listing shows already: files that are absent, of another size, or another shard's too."""
+    for file in marker.files:
+        place = place_of(file.name)
+        if place in named:
+            yield f"{place}: two shards name it"
+        if published.get(place) != file.bytes:
+            yield f"{place}: {published.get(place, 'no')} bytes, its marker says {file.bytes}"
+
+
 def marker_faults(marker: Marker) -> Iterator[str]:
     """What a marker says that cannot be."""
     failed = sum(marker.failed.values())
     if marker.ok + failed != marker.rows:
-        yield f"{marker.ok} ok and {failed} failed are not {marker.rows} rows"
+        yield f"marker of shard {marker.shard}: {marker.ok} ok and {failed} failed are not {marker.rows} rows"
     if marker.bytes != sum(file.bytes for file in marker.files):
-        yield f"{marker.bytes} bytes are not the sum of its files"
+        yield f"marker of shard {marker.shard}: {marker.bytes} bytes are not the sum of its files"
 
 
-def _look(ledger: Ledger, file: OutputFile, found: Callable[[str], None]) -> int:
-    """The pictures of one file that decode."""
-    name = place_of(file.name)
-    with ledger.store.open(name) as opened:
-        digest = hashlib.sha256()
+@dataclass(slots=True)
+class Seen:
+    """What one published file holds: rows (of tables, and of tars the rows' JSON), pictures that decode."""
+
+    rows: int = 0
+    pictures: int = 0
+    faults: list[str] = field(default_factory=list)
+
+
+def look_at(store: Store, file: OutputFile) -> Seen:
+    """Read a published file whole: its hash, and then as its readers would."""
+    name, seen, digest = place_of(file.name), Seen(), hashlib.sha256()
+    opened = store.open(name)
+    if opened is None:
+        return Seen(faults=[f"{name}: is gone"])
+    with opened:
         while piece := opened.read(2**20):
             digest.update(piece)
         if digest.hexdigest() != file.sha256:
-            found(f"{name}: its bytes have changed (sha256)")
-            return 0
+            return Seen(faults=[f"{name}: its bytes have changed (sha256)"])
         opened.seek(0)
-        whole = 0
         try:
-            for place, data in pictures_in(PurePosixPath(file.name), opened):
-                if trouble := undecodable(data):
-                    found(f"{name}, {place}: {trouble}")
+            for place, data in contents(PurePosixPath(file.name), opened):
+                if place is None:
+                    seen.rows += 1
+                elif trouble := undecodable(data):
+                    seen.faults.append(f"{name}, {place}: {trouble}")
                 else:
-                    whole += 1
+                    seen.pictures += 1
         except InfrastructureError:
             raise
         except Exception as error:  # a reader's own account of a damaged file
-            found(f"{name}: cannot be read: {error}")
-        return whole
+            seen.faults.append(f"{name}: cannot be read: {error}")
+        return seen
 
 
-def pictures_in(name: PurePosixPath, file: BinaryIO) -> Iterator[tuple[str, bytes]]:
-    """(place, bytes) of each drawn picture in a published file, of any of the built-in layouts."""
+def contents(name: PurePosixPath, file: BinaryIO) -> Iterator[tuple[str | None, bytes]]:
+    """(place, bytes) of each drawn picture and (None, b"") for each row of a file, of any built-in layout."""
     if name.suffix == ".parquet":
         yield from _in_table(file)
     elif name.suffix == ".tar":
@@ -120,17 +147,20 @@ def pictures_in(name: PurePosixPath, file: BinaryIO) -> Iterator[tuple[str, byte
             for member in tar:
                 if PurePosixPath(member.name).suffix in PICTURES and (opened := tar.extractfile(member)):
                     yield member.name, opened.read()
+                elif member.name.endswith(".json"):
+                    yield None, b""
     elif name.suffix in PICTURES:
         yield name.name, file.read()
 
 
-def _in_table(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+def _in_table(file: BinaryIO) -> Iterator[tuple[str | None, bytes]]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
         drawn = [field.name for field in parquet.schema_arrow if (field.metadata or {}).get(OURS) == b"image"]
-        for group in range(parquet.metadata.num_row_groups if drawn else 0):
-            for picture in parquet.read_row_group(group, columns=drawn).column(0).to_pylist():
+        for group in range(parquet.metadata.num_row_groups):
+            yield from [(None, b"")] * parquet.metadata.row_group(group).num_rows
+            for picture in parquet.read_row_group(group, columns=drawn).column(0).to_pylist() if drawn else ():
                 if picture is not None:
                     yield picture["path"], picture["bytes"]
 

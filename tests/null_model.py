@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import io
+import json
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -20,7 +22,7 @@ from batchsd import plugins
 from batchsd.drive import Stop, drive
 from batchsd.job import Job, load
 from batchsd.ledger import Ledger, Tally
-from batchsd.prepare import Prepared, Recipe, prepare
+from batchsd.prepare import Prepared, Recipe, prepare, sink_of
 from batchsd.revise import Beginning, begin_run
 from batchsd.run import InProcess, Workbench
 from batchsd.store import LocalStore, Store
@@ -63,7 +65,7 @@ def bench(recipe: Recipe, store: Store, draw: Callable[[Request], Record]) -> Wo
     registry = plugins.build(recipe.plugins, Path())
     job = recipe.job
     generate = partial(lanes, record=draw)
-    sink = registry.sinks[job.output.sink]
+    sink = sink_of(job, registry)
     return Workbench(generate, recipe.reader(registry).read, job.input.repeat, sink, recipe.schema, store)
 
 
@@ -88,5 +90,27 @@ def run_job(
 
 
 def rows_of(job: Job) -> list[dict[str, object]]:
-    files = sorted((Path(job.output.uri) / "data").glob("*.parquet"))
-    return [row for file in files for row in pq.ParquetFile(file).read().to_pylist()]
+    """Every output row in order, as readers of its layout find it: the picture is `image`, null where it failed."""
+    data = Path(job.output.uri) / "data"
+    read = {"parquet": rows_of_parquet, "webdataset": rows_of_tar, "folder": rows_of_folder}[job.output.sink]
+    rows = [row for path in sorted(data.iterdir()) for row in read(path)] if data.exists() else []
+    failed = sorted((data.parent / "failed").glob("*.parquet"))
+    rows += [row for path in failed for row in rows_of_parquet(path)]
+    return rows if not failed else sorted(rows, key=lambda row: int(str(row["id"])[2:]))
+
+
+def rows_of_parquet(path: Path) -> list[dict[str, object]]:
+    return [{**row, "image": row["image"] and row["image"]["bytes"]} for row in pq.ParquetFile(path).read().to_pylist()]
+
+
+def rows_of_tar(path: Path) -> list[dict[str, object]]:
+    with tarfile.open(path) as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    rows = {name[:-5]: json.loads(data) for name, data in members.items() if name.endswith(".json")}
+    assert [row["prompt"] for row in rows.values()] == [members[f"{key}.txt"].decode() for key in rows]
+    return [{**row, "image": members[f"{key}.png"]} for key, row in rows.items()]
+
+
+def rows_of_folder(path: Path) -> list[dict[str, object]]:
+    rows = pq.ParquetFile(path / "metadata.parquet").read().to_pylist()
+    return [{**row, "image": (path / row.pop("file_name")).read_bytes()} for row in rows]

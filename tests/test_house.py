@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "training": "diffusion engine model tasks",
     # the worker
     "run": "ledger order published store",
-    "published": "columns ledger provenance store",
+    "published": "columns ledger store",
     "provenance": "columns",
     "engine": "batch_size diffusion flow intake lanes meter model network",
     "flow": "intake lanes meter network",

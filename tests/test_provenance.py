@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from batchsd.encode import encoder
-from batchsd.provenance import Told, is_told, tell
+from batchsd.provenance import Told, tell, untell
 from batchsd.sinks.parquet import ParquetSink
 from batchsd.testing import check_sink, example_records, example_schema
 
@@ -68,10 +68,11 @@ def test_each_can_be_switched_off(format, left):
 
 
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
-def test_a_kept_picture_is_known(format):
+def test_a_told_picture_gives_the_encoders_bytes_again(format):
     record = drawn(format)
-    assert not is_told(record.image)
-    assert all(is_told(told(record, (name,))) for name in ALL)
+    assert untell(record.image) == record.image
+    for embed in [(name,) for name in ALL] + [ALL, ()]:
+        assert untell(told(record, embed)) == record.image
 
 
 def test_pictures_that_hold_another_say_so():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,18 @@ from batchsd.types import UsageError
 PROMPTS: list[str | None] = [f"prompt {i}" for i in range(12)]
 
 
-@pytest.fixture
-def job(tmp_path: Path, checkpoint: Path) -> Job:
+LAYOUTS = {
+    "parquet": (),
+    "parquet aside": ("output.failed=aside",),
+    "webdataset": ("output.sink=webdataset",),
+    "folder": ("output.sink=folder",),
+}
+
+
+@pytest.fixture(params=LAYOUTS)
+def job(request: pytest.FixtureRequest, tmp_path: Path, checkpoint: Path) -> Job:
     write_manifest(tmp_path / "prompts.parquet", PROMPTS, mood=["calm"] * 12)
-    return job_at(tmp_path, checkpoint)
+    return job_at(tmp_path, checkpoint, *LAYOUTS[request.param])
 
 
 def edit(job: Job, changes: dict[int, str | None], mood: dict[int, str] | None = None) -> None:
@@ -38,7 +45,9 @@ def drawn(log: Path) -> list[str]:
 
 
 def data(job: Job) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (Path(job.output.uri) / "data").iterdir()}
+    root = Path(job.output.uri)
+    files = [path for top in ("data", "failed") for path in (root / top).rglob("*") if path.is_file()]
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(files)}
 
 
 def check_fresh(job: Job, log: Path) -> None:
@@ -60,9 +69,8 @@ def test_only_edited_rows_are_drawn_and_only_their_shards_written(job: Job, tmp_
     run_job(job, tmp_path / "second", begin_update)
     assert drawn(tmp_path / "second") == ["id9", "id1"] or drawn(tmp_path / "second") == ["id1", "id9"]
     after = data(job)
-    assert [name for name in before if before[name] != after[name]] == sorted(
-        ["train-00000-of-00003.parquet", "train-00002-of-00003.parquet"], key=list(before).index
-    )
+    touched = {name for name in before if before[name] != after[name]}
+    assert not any("train-00001" in name for name in touched) and len({name[5:16] for name in touched}) == 2
     check_fresh(job, tmp_path / "fresh")
     again = data(job)
     run_job(job, tmp_path / "third")
@@ -136,8 +144,8 @@ def test_retry_draws_what_failed(job: Job, tmp_path: Path) -> None:
     run_job(job, tmp_path / "third", begin_retry)
     assert drawn(tmp_path / "third") == ["id6"]
     check_fresh(job, tmp_path / "fresh")
-    name = "train-00002-of-00003.parquet"
-    assert data(job)[name] == before[name]
+    third = [name for name in before if "train-00002" in name]
+    assert third and [data(job)[name] for name in third] == [before[name] for name in third]
     markers = sorted(path.name for path in (Path(job.output.uri) / "__batchsd/ledger/0001").iterdir())
     assert markers == ["00000.json", "00000.r1.json", "00001.json", "00001.r1.json", "00001.r2.json", "00002.json"]
 
@@ -159,27 +167,6 @@ def die_at(job: Job, log: Path, step: int, begin: Any = None) -> bool:
         finally:
             os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-
-
-def test_killed_at_every_step_of_an_update(job: Job, tmp_path: Path) -> None:
-    run_job(job, tmp_path / "first")
-    edit(job, {1: "another", 2: "two in one shard", 9: "and this"})
-    before, step = tmp_path / "before", 0
-    shutil.copytree(job.output.uri, before)
-    run_job(job, tmp_path / "second", begin_update)
-    check_fresh(job, tmp_path / "fresh")
-    whole, died = rows_of(job), True
-    while died:
-        shutil.rmtree(job.output.uri)
-        shutil.copytree(before, job.output.uri)
-        log = tmp_path / f"log{step}"
-        died = die_at(job, log, step, begin_update)
-        run_job(job, log, begin_update)
-        assert rows_of(job) == whole
-        assert set(drawn(log)) == {"id1", "id2", "id9"}
-        assert list((Path(job.output.uri) / "__batchsd/staging").iterdir()) == []
-        step += 1
-    assert step > 2 * 2 * 5, "fewer steps than the protocol has"
 
 
 def test_a_late_driver_changes_nothing(job: Job, tmp_path: Path) -> None:

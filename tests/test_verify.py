@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,15 @@ from batchsd.verify import Verdict, undecodable, verify
 def run(tmp_path: Path, checkpoint: Path) -> Path:
     write_manifest(tmp_path / "prompts.parquet", [f"prompt {i}" for i in range(8)])
     run_job(job_at(tmp_path, checkpoint), tmp_path / "log", failing=("id2",))
+    return tmp_path / "run"
+
+
+@pytest.fixture(params=["webdataset", "folder"])
+def other(request: pytest.FixtureRequest, tmp_path: Path, checkpoint: Path) -> Path:
+    """A run in another layout; id2 failed."""
+    write_manifest(tmp_path / "prompts.parquet", [f"prompt {i}" for i in range(8)])
+    job = job_at(tmp_path, checkpoint, f"output.sink={request.param}")
+    run_job(job, tmp_path / "log", failing=("id2",))
     return tmp_path / "run"
 
 
@@ -43,8 +53,6 @@ def flip_a_byte(run: Path) -> None:
 
 def spoil_a_picture(run: Path) -> None:
     """As a broken encoder would: table, marker and hashes agree, the picture is cut short."""
-    import hashlib
-
     import pyarrow as pa
 
     table = pq.read_table(first(run))
@@ -81,6 +89,47 @@ def test_damage_is_named(run: Path, damage: Callable[[Path], object], said: str)
     damage(run)
     _, faults = look(run)
     assert any(said in fault for fault in faults), faults
+
+
+def test_other_layouts_are_counted_row_by_row(other: Path) -> None:
+    verdict, faults = look(other)
+    assert faults == []
+    assert (verdict.shards, verdict.missing, verdict.rows, verdict.pictures) == (2, 0, 8, 7)
+
+
+def swap(run: Path, name: str, data: bytes) -> None:
+    """Replace a file of the first shard, its marker's account of it too: only its readers can tell."""
+    place = run / (name if name.startswith("failed/") else f"data/{name}")
+    place.write_bytes(data)
+    files = json.loads((run / "__batchsd/ledger/0001/00000.json").read_text())["files"]
+    told = {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    files = [told if file["name"] == name else file for file in files]
+    change_marker(run, files=files, bytes=sum(file["bytes"] for file in files))
+
+
+def test_a_row_that_is_lost_aside_is_missed(other: Path) -> None:
+    name = "failed/train-00000-of-00002.parquet"
+    table = pq.read_table(other / name)
+    assert table.num_rows == 1
+    pq.write_table(table.slice(0, 0), other / name)
+    swap(other, name, (other / name).read_bytes())
+    assert look(other)[1] == ["shard 0: its files hold 3 rows, its marker says 4"]
+
+
+def test_a_picture_that_is_lost_or_cut_is_named(other: Path) -> None:
+    pictures = sorted((other / "data").rglob("*.png"))
+    if not pictures:  # a tar
+        name = "train-00000-of-00002.tar"
+        swap(other, name, (other / "data" / name).read_bytes()[:3000])
+        assert f"data/{name}: cannot be read: " in look(other)[1][0]
+        return
+    name = pictures[0].relative_to(other / "data").as_posix()
+    whole = pictures[0].read_bytes()
+    swap(other, name, whole[:-40])
+    assert f"data/{name}, 000000.png: " in look(other)[1][0]
+    swap(other, name, whole)
+    pictures[0].unlink()
+    assert f"data/{name}: no bytes, its marker says {len(whole)}" in look(other)[1]
 
 
 def test_a_run_that_is_not_done_is_not_at_fault(run: Path) -> None:

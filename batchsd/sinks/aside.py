@@ -6,11 +6,13 @@ no such table, and one in which all failed nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from batchsd.sinks.parquet import ParquetShard
+from batchsd.sinks.parquet import OpenFile, ParquetShard, read_rows
 from batchsd.types import Record, Sink, SinkWriter
 
 if TYPE_CHECKING:
@@ -27,6 +29,24 @@ class Aside:
 
     def open(self, folder: Path, name: str, schema: pa.Schema) -> AsideShard:
         return AsideShard(self.inner, folder, name, schema)
+
+    def reread(
+        self, open_file: OpenFile, name: str, schema: pa.Schema, pictures: bool
+    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """Both again as one (see `published.Rereads`): failed rows fill the gaps between the others."""
+        if not hasattr(self.inner, "reread"):
+            return
+        good = self.inner.reread(open_file, name, schema, pictures)
+        failed = read_rows(open_file, f"{FAILED}/{name}.parquet")
+        following = next(good, None)
+        for index in count():
+            if following is not None and following[0] == index:
+                yield following
+                following = next(good, None)
+            elif (row := next(failed, None)) is not None:
+                yield index, row
+            else:
+                return
 
 
 @dataclass(slots=True)

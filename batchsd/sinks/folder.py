@@ -8,11 +8,13 @@ Parquet, not JSON lines: a column that is null throughout one shard keeps its ty
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from batchsd.columns import IMAGE_TYPE, to_table
+from batchsd.columns import picture_column, to_table
+from batchsd.sinks.parquet import OpenFile, read_rows
 from batchsd.types import Record
 
 if TYPE_CHECKING:
@@ -29,6 +31,22 @@ class FolderSink:
 
     def open(self, folder: Path, name: str, schema: pa.Schema) -> FolderShard:
         return FolderShard(folder / name, name, schema)
+
+    def reread(
+        self, open_file: OpenFile, name: str, schema: pa.Schema, pictures: bool
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """A published shard again (see `published.Rereads`). A picture that is gone ends it."""
+        picture = picture_column(schema)
+        for row in read_rows(open_file, f"{name}/metadata.parquet"):
+            path = row.pop(file_column(picture))
+            row[picture] = {"path": path, "bytes": b""}
+            if pictures:
+                file = open_file(f"{name}/{path}")
+                if file is None:
+                    return
+                with file:
+                    row[picture]["bytes"] = file.read()
+            yield int(Path(path).stem), row
 
 
 @dataclass(slots=True)
@@ -84,8 +102,12 @@ def with_file_names(table: pa.Table, files: list[str]) -> pa.Table:
     """
     import pyarrow as pa
 
-    (place,) = (i for i, field in enumerate(table.schema) if field.type == IMAGE_TYPE)
-    picture = table.schema.names[place]
-    name = "file_name" if picture == "image" else f"{picture}_file_name"
-    table = table.set_column(place, pa.field(name, pa.string()), pa.array(files))
+    picture = picture_column(table.schema)
+    place = table.schema.names.index(picture)
+    table = table.set_column(place, pa.field(file_column(picture), pa.string()), pa.array(files))
     return table.replace_schema_metadata({b"batchsd": table.schema.metadata[b"batchsd"]})
+
+
+def file_column(picture: str) -> str:
+    """The column of file names that ImageFolder turns into a column `picture`."""
+    return "file_name" if picture == "image" else f"{picture}_file_name"

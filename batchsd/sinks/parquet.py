@@ -10,15 +10,16 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from batchsd.columns import IMAGE_TYPE, to_table
+from batchsd.columns import IMAGE_TYPE, picture_column, row_index, to_table
 from batchsd.types import Record
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+OpenFile = Callable[[str], BinaryIO | None]  # a published file by its name; None where there is none
 GROUP_ROWS = 100  # as `datasets` writes pictures
 GROUP_BYTES = 100 * 2**20  # Hub viewers fail above 286 MiB
 
@@ -30,14 +31,13 @@ class ParquetSink:
     def open(self, folder: Path, name: str, schema: pa.Schema) -> ParquetShard:
         return ParquetShard(folder, name, schema)
 
-    def reread(self, open_file: Callable[[str], BinaryIO], name: str, pictures: bool) -> Iterator[pa.Table]:
-        """A published shard again, a row group at a time (see `revise.Rereads`)."""
-        import pyarrow.parquet as pq
-
-        with open_file(f"{name}.parquet") as file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-            kept = [field.name for field in parquet.schema_arrow if pictures or field.type != IMAGE_TYPE]
-            for group in range(parquet.metadata.num_row_groups):
-                yield parquet.read_row_group(group, columns=kept)
+    def reread(
+        self, open_file: OpenFile, name: str, schema: pa.Schema, pictures: bool
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """A published shard again (see `published.Rereads`); pictures know their rows, where others lie apart."""
+        picture = picture_column(schema)
+        for place, row in enumerate(read_rows(open_file, f"{name}.parquet", "" if pictures else picture)):
+            yield row_index(row[picture]["path"]) if row[picture] else place, row
 
 
 @dataclass(slots=True)
@@ -118,3 +118,19 @@ def leaf_columns(schema: pa.Schema) -> tuple[list[str], list[str]]:
     pictures = tuple(f"{field.name}." for field in schema if field.type == IMAGE_TYPE)
     plain = [path for path in paths if path.startswith(pictures)]
     return plain, [path for path in paths if path not in plain]
+
+
+def read_rows(open_file: OpenFile, name: str, no_bytes_of: str = "") -> Iterator[dict[str, Any]]:
+    """A table's rows by column, read a row group at a time; none where there is no such table.
+
+    Of the picture column `no_bytes_of` only the paths are read.
+    """
+    import pyarrow.parquet as pq
+
+    file = open_file(name)
+    if file is None:
+        return
+    with file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+        kept = [f"{name}.path" if name == no_bytes_of else name for name in parquet.schema_arrow.names]
+        for group in range(parquet.metadata.num_row_groups):
+            yield from parquet.read_row_group(group, columns=kept).to_pylist()

@@ -7,13 +7,16 @@ USTAR members without time or owner: the same records give the same bytes. Faile
 from __future__ import annotations
 
 import io
+import json
 import os
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from batchsd.columns import picture_name, row_json
+from batchsd.columns import picture_column, picture_name, row_index, row_json
+from batchsd.sinks.parquet import OpenFile
 from batchsd.types import Record
 
 if TYPE_CHECKING:
@@ -26,6 +29,23 @@ class TarSink:
 
     def open(self, folder: Path, name: str, schema: pa.Schema) -> TarShard:
         return TarShard(folder, name, schema)
+
+    def reread(
+        self, open_file: OpenFile, name: str, schema: pa.Schema, pictures: bool
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """A published shard again (see `published.Rereads`): values as JSON holds them, no columns of bytes."""
+        file = open_file(f"{name}.tar")
+        if file is None:
+            return
+        picture: dict[str, Any] = {}
+        with file, tarfile.open(fileobj=file) as tar:
+            for member in tar:  # picture, text, row: as they were written
+                opened = tar.extractfile(member)
+                assert opened is not None, member.name
+                if member.name.endswith(".json"):
+                    yield row_index(member.name), {**json.loads(opened.read()), picture_column(schema): picture}
+                elif not member.name.endswith(".txt"):
+                    picture = {"path": member.name, "bytes": opened.read() if pictures else b""}
 
 
 @dataclass(slots=True)
