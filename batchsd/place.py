@@ -19,7 +19,7 @@ from batchsd.types import InfrastructureError, UsageError
 
 if TYPE_CHECKING:
     from batchsd.cluster import Cluster
-    from batchsd.prepare import Recipe
+    from batchsd.recipe import Recipe
 
 CURRENT_CLUSTER = Path("/tmp/ray/ray_current_cluster")  # `ray start` writes its address here
 

@@ -5,36 +5,25 @@ job -> plugins, manifest, checkpoint hash -> shards -> Plan, and the Recipe of w
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from batchsd import __version__, plugins
 from batchsd.columns import output_schema
-from batchsd.job import Job, check_names, model_extras, model_options, model_path, pixel_settings
+from batchsd.job import Job, check_names, model_extras, model_path, pixel_settings
 from batchsd.ledger import Ledger
-from batchsd.manifest import MAX_SHARDS, Manifest, open_manifest
+from batchsd.manifest import MAX_SHARDS, open_manifest
 from batchsd.model.fingerprint import checkpoint_hash
-from batchsd.pinned import FIXED_THREADS, lanes_of, pinned_facts
+from batchsd.pinned import pinned_facts
 from batchsd.plan import Plan
-from batchsd.plugin_source import Source
 from batchsd.plugins import Registry
-from batchsd.prompts import prompts_for
-from batchsd.provenance import Told
-from batchsd.reader import Reader, scan
-from batchsd.rows import Names, row_hasher
-from batchsd.run import Workbench
-from batchsd.sinks.aside import Aside
+from batchsd.reader import scan
+from batchsd.recipe import Recipe, names_of, versions
 from batchsd.store import open_store
-from batchsd.types import Shard, Sink, UsageError
+from batchsd.types import Shard, UsageError
 from batchsd.unbuilt import refuse_unbuilt
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 SHARD_ROWS = 256  # 1 to 5 minutes at 1 to 4 pictures a second; files of about 100 MB at 512 x 512
 
@@ -54,71 +43,6 @@ class Prepared:
         """The job's limit as a number of rows."""
         limit = self.recipe.job.run.max_failed
         return limit if isinstance(limit, int) else limit * self.plan.rows
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a worker builds its workbench, wherever it is. All of it pickles; one-file plugins as text."""
-
-    job: Job
-    manifest: Manifest
-    plugins: tuple[Source, ...]
-    schema: pa.Schema
-    checkpoint: str
-    dtype: str
-    uri: str
-
-    def __call__(self, device: str = "", threads: int = 0) -> Workbench:
-        """Load plugins and model, make the engine. `device` is over the job's; `threads` 0: torch's own."""
-        import torch
-
-        from batchsd.encode import encoder
-        from batchsd.engine import Engine
-        from batchsd.model.checkpoint import load
-        from batchsd.network import repeatable
-
-        job = self.job
-        if job.run.deterministic:
-            repeatable()
-            threads = FIXED_THREADS
-        if threads:
-            torch.set_num_threads(threads)
-        registry = plugins.build(self.plugins, Path())
-        model = load(model_path(job), self.dtype, device or job.model.device, **model_options(job))
-        engine = Engine(
-            model,
-            schedulers=registry.schedulers,
-            tasks=registry.tasks,
-            encode=encoder(job.output.image.options()),
-            settings=engine_settings(job),
-            encode_texts=prompts_for(model, job.conditioning.prompt_syntax, job.conditioning.long_prompts),
-        )
-        return Workbench(
-            generate=engine.generate,
-            read=self.reader(registry).read,
-            repeat=job.input.repeat,
-            sink=sink_of(job, registry),
-            schema=self.schema,
-            store=open_store(self.uri, job.run.scratch),
-            hook=registry.hook,
-            lap=engine.meter.lap,
-            facts={
-                **versions(),
-                "dtype": self.dtype,
-                "device": device_name(model.device),
-                "backend": job.model.backend,
-                "batch_size": engine.settings.lanes or "auto",
-                "threads": torch.get_num_threads(),
-            },
-        )
-
-    def reader(self, registry: Registry | None = None) -> Reader:
-        """Reads shards of the manifest, on a worker or anywhere else."""
-        names = names_of(registry or plugins.build(self.plugins, Path()))
-        return Reader(self.manifest, self.job, names, row_hasher(self.checkpoint, pixel_settings(self.job)))
-
-    def sink(self) -> Sink:
-        return sink_of(self.job, plugins.build(self.plugins, Path()))
 
 
 def prepare(job: Job, workers: int, gpu: bool, limit: int | None = None) -> Prepared:
@@ -189,32 +113,6 @@ def check_registered(job: Job, registry: Registry) -> None:
     check_names(job, "output.sink", registry.sinks)
 
 
-@dataclass(frozen=True)
-class SchedulerNames:
-    """Every spelling of every scheduler is known; only the plain names are listed in messages."""
-
-    plain: tuple[str, ...]
-    spellings: frozenset[str]
-
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and (name == "model" or name.lower() in self.spellings)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(("model", *self.plain))
-
-    def __len__(self) -> int:
-        return len(self.plain) + 1
-
-
-def names_of(registry: Registry) -> Names:
-    """What the rows of a manifest may say."""
-    from batchsd.diffusion.builtin import names
-
-    spellings = frozenset(names(registry.schedulers.values()))
-    schedulers = SchedulerNames(tuple(registry.schedulers), spellings)
-    return Names(schedulers, {name: task.columns for name, task in registry.tasks.items()})
-
-
 def auto_rows(rows: int, repeat: int, files: int, workers: int) -> int:
     """Output rows a shard: `SHARD_ROWS`, fewer where a small job could not keep every worker busy twice over.
 
@@ -238,14 +136,6 @@ def first_rows(shards: list[Shard], limit: int | None) -> list[Shard]:
     return [replace(shard, total=len(kept)) for shard in kept]
 
 
-def sink_of(job: Job, registry: Registry) -> Sink:
-    """The job's output layout: pictures that tell what they are, failed rows aside where it says so."""
-    sink = registry.sinks[job.output.sink]
-    if job.output.embed:
-        sink = Told(sink, job.output.embed)
-    return Aside(sink) if job.output.failed == "aside" else sink
-
-
 def pinned_dtype(job: Job, gpu: bool) -> str:
     """One dtype for all workers, part of the plan: "auto" must not change when a run goes on elsewhere."""
     if job.model.dtype != "auto":
@@ -257,21 +147,6 @@ def pinned_dtype(job: Job, gpu: bool) -> str:
     # A driver without a GPU cannot ask; every GPU since 2020 has bfloat16.
     old = torch.cuda.is_available() and not torch.cuda.is_bf16_supported()
     return "float16" if old else "bfloat16"
-
-
-def engine_settings(job: Job) -> Any:
-    """The job's words in the engine's."""
-    from batchsd.engine import Settings
-
-    sampler = job.sampler
-    options = {name: getattr(sampler, name) for name in ("spacing", "sigmas", "eta", "final_sigma")}
-    return Settings(
-        lanes=lanes_of(job),
-        guidance_rescale=sampler.guidance_rescale,
-        guidance_interval=sampler.guidance_interval,
-        scheduler_options={name: value for name, value in options.items() if value not in (None, "")},
-        deterministic=job.run.deterministic,
-    )
 
 
 def refuse_bad_rows(problems: Iterator[tuple[str, str]]) -> None:
@@ -290,14 +165,3 @@ def soft_differences(standing: Plan | None, plan: Plan) -> tuple[str, ...]:
     before, now = standing.soft, plan.soft
     changed = [name for name in now if before.get(name) != now[name]]
     return tuple(f"{name} was {before.get(name)} when this run began, now {now[name]}" for name in changed)
-
-
-def versions() -> dict[str, str]:
-    return {"batchsd": __version__, "torch": version("torch"), "python": platform.python_version()}
-
-
-def device_name(device: Any) -> str:
-    """`cpu x86_64`, or the GPU's name."""
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}"

@@ -22,7 +22,8 @@ from batchsd import plugins
 from batchsd.drive import Stop, drive
 from batchsd.job import Job, load
 from batchsd.ledger import Ledger, Tally
-from batchsd.prepare import Prepared, Recipe, prepare, sink_of
+from batchsd.prepare import Prepared, prepare
+from batchsd.recipe import Recipe, sink_of
 from batchsd.revise import Beginning, begin_run
 from batchsd.run import InProcess, Workbench
 from batchsd.store import LocalStore, Store

@@ -22,7 +22,7 @@ LONGEST = 330  # lines; a longer file is two files
 MAY_IMPORT = {
     # the command line
     "__main__": "cli",
-    "cli": "drive export infra job ledger lock manifest model place plugins prepare progress reader report "
+    "cli": "drive export infra job ledger lock manifest model place plugins prepare progress reader recipe report "
     "revise status store summary verify",
     "report": "redact reread",
     "infra": "job",
@@ -34,12 +34,13 @@ MAY_IMPORT = {
     "card": "columns ledger plan redact store",
     "contact": "columns",
     "revise": "columns job ledger plan prepare published store",
-    "place": "cluster job prepare run",
+    "place": "cluster job recipe run",
     "cluster": "actor run",
     "actor": "run",
     "drive": "ledger plan progress run",
-    "prepare": "columns diffusion encode engine job ledger manifest model network pinned plan plugin_source plugins "
-    "prompts provenance reader rows run sinks store unbuilt",
+    "prepare": "columns job ledger manifest model pinned plan plugins reader recipe store unbuilt",
+    "recipe": "diffusion encode engine job manifest model network pinned plugin_source plugins prompts provenance "
+    "reader rows run sinks store",
     # the trainer, which draws with what it has trained
     "training": "diffusion engine model tasks",
     # the worker

@@ -37,8 +37,9 @@ def validate(job: str, sets: tuple[str, ...], day: datetime | None) -> None:
     """Read every row of JOB's manifest and list those that would be refused."""
     from batchsd import plugins
     from batchsd.manifest import open_manifest
-    from batchsd.prepare import check_registered, names_of
+    from batchsd.prepare import check_registered
     from batchsd.reader import scan
+    from batchsd.recipe import names_of
 
     loaded = load_job(job, sets, day)
     registry = plugins.build(loaded.plugins, Path())
