@@ -22,10 +22,11 @@ LONGEST = 330  # lines; a longer file is two files
 MAY_IMPORT = {
     # the command line
     "__main__": "cli",
-    "cli": "drive export infra job ledger lock manifest model place plugins prepare progress reader recipe report "
-    "revise status store summary verify",
+    "cli": "drive estimate export infra job ledger lock manifest model place plugins prepare progress reader recipe "
+    "report revise status store summary verify",
     "report": "redact reread",
     "infra": "job",
+    "estimate": "diffusion plugins prepare progress run",
     "export": "card ledger reread run store",
     "reread": "columns ledger plan store",
     "summary": "card contact ledger prepare progress",
