@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "__main__": "cli",
     "cli": "drive estimate export infra job ledger lock manifest model place plugins prepare progress reader recipe "
     "report revise status store summary verify",
-    "report": "redact reread",
+    "report": "redact reread store",
     "infra": "job",
     "estimate": "diffusion plugins prepare progress run",
     "export": "card ledger reread run store",
@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "status": "ledger lock store",
     "verify": "columns ledger store",
     "card": "columns ledger plan redact store",
-    "contact": "columns",
+    "contact": "columns store",
     "revise": "columns job ledger plan prepare published store",
     "place": "cluster job recipe run",
     "cluster": "actor run",
