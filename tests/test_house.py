@@ -23,9 +23,10 @@ MAY_IMPORT = {
     # the command line
     "__main__": "cli",
     "cli": "drive estimate export infra job ledger lock manifest model place plugins prepare progress reader recipe "
-    "report revise status store summary verify",
+    "report revise starter status store summary verify",
     "report": "redact reread store",
     "infra": "job",
+    "starter": "",
     "estimate": "diffusion plugins prepare progress run",
     "export": "card ledger reread run store",
     "reread": "columns ledger plan store",
