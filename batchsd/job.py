@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import Field, PrivateAttr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from batchsd.fetch import Tell, local, local_spec, quiet
 from batchsd.job_errors import describe, have, origin
 from batchsd.job_sources import HUB_NAME, Key, Layer, environment_layer, file_layer, set_layer
 from batchsd.model.extras import extra_files
@@ -127,16 +128,18 @@ def shipped_models() -> list[str]:
     return sorted(entry.name for entry in assets.iterdir() if (entry / "model_index.json").is_file())
 
 
-def model_path(job: Job) -> Path:
-    """Where the job's checkpoint lies. Raises UsageError where nothing is there."""
-    return find_model(job.model.path, job.where("model.path"))
+def model_path(job: Job, tell: Tell = quiet) -> Path:
+    """Where the job's checkpoint lies, fetched here where it is on S3. Raises UsageError where nothing is there."""
+    return find_model(job.model.path, job.where("model.path"), tell)
 
 
-def find_model(name: str, where: str) -> Path:
-    """A name without "/" ships with batchsd; else a path, or `org/name` in the hub's local cache.
+def find_model(name: str, where: str, tell: Tell = quiet) -> Path:
+    """A name without "/" ships with batchsd; else a path, `org/name` in the hub's local cache, or an s3:// URI.
 
     Raises UsageError beginning with `where`.
     """
+    if "://" in name:
+        return local(name, where, tell)
     if "/" not in name:
         if name not in shipped_models():
             raise UsageError(
@@ -154,16 +157,34 @@ def find_model(name: str, where: str) -> Path:
     return cached
 
 
+def fetch_models(job: Job, tell: Tell) -> None:
+    """Brings what the job's model needs from S3 to this machine, and says so; the rest then finds it here."""
+    model_path(job, tell)
+    _model_here(job, tell)
+
+
 def model_extras(job: Job) -> list[tuple[str, Path]]:
     """The files that the job adds to its checkpoint, each with its use: for the checkpoint's hash."""
-    model = job.model
+    model = _model_here(job)
     return extra_files(model.vae, model.loras, model.embeddings, model.tokenizer)
 
 
 def model_options(job: Job) -> dict[str, Any]:
     """What `model.checkpoint.load` takes by name."""
     names = ("vae", "loras", "embeddings", "clip_skip", "tokenizer", "ema")
-    return {name: getattr(job.model, name) for name in names}
+    model = _model_here(job)
+    return {name: getattr(model, name) for name in names}
+
+
+def _model_here(job: Job, tell: Tell = quiet) -> Model:
+    """The section with every s3:// URI beside the checkpoint's own made a path of this machine."""
+    model = job.model
+    lists = {
+        name: tuple(local_spec(spec, job.where(f"model.{name}"), tell) for spec in getattr(model, name))
+        for name in ("loras", "embeddings")
+    }
+    texts = {name: local_spec(getattr(model, name), job.where(f"model.{name}"), tell) for name in ("vae", "tokenizer")}
+    return model.model_copy(update={**lists, **texts})
 
 
 def pixel_settings(job: Job) -> dict[str, Any]:

@@ -25,6 +25,7 @@ MAX_SHARDS = 99_999  # `datasets` silently loads only a part of files numbered w
 # What only a decompression bomb does, all three at once. Text packs 5 to 20 times, pictures not at all.
 BOMB_BYTES, BOMB_RATIO, BOMB_ROW_BYTES = 256 * 2**20, 200, 64 * 2**10
 
+NOT_BY_ROW = ("lora", "loras")  # what people hope for; ignored in silence, their pictures would lack it
 TEXT_COLUMNS = ("prompt", "negative_prompt", "scheduler", "task")
 NUMBER_COLUMNS = ("seed", "steps", "guidance_scale", "height", "width")
 
@@ -206,6 +207,12 @@ def check_columns(schema: pa.Schema, job: Job, names: Names | None = None) -> No
             raise UsageError(
                 f"{job.where(f'input.columns.{ours}')}: the manifest has no column {theirs!r}"
                 f"{_hint(theirs, schema)}"
+            )
+    for name in NOT_BY_ROW:
+        if name in schema.names:
+            raise UsageError(
+                f"{where}: column {name!r}: LoRAs are merged when the model loads, one set for a whole run "
+                "(model.loras), not row by row; make a run for each set, or give the column another name"
             )
     _check_prompt(schema, job)
     for ours in TEXT_COLUMNS + NUMBER_COLUMNS:

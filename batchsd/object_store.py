@@ -90,11 +90,29 @@ class ObjectStore:
         return io.BufferedReader(_Pieces(head["ContentLength"], fetch), READ_BYTES)
 
     def entries(self, folder: str) -> Iterator[tuple[str, int]]:
+        return ((name, size) for name, size, _ in self.versions(folder))
+
+    def versions(self, folder: str) -> Iterator[tuple[str, int, str]]:
+        """`entries`, each with its ETag: another content has another."""
         top = self._path(folder) + "/"
         for page in self._pages(top, ""):
             for found in page.get("Contents", ()):
                 if not found["Key"].endswith("/"):  # what consoles make for an empty folder
-                    yield found["Key"][len(top) :], found["Size"]
+                    yield found["Key"][len(top) :], found["Size"], found["ETag"]
+
+    def version(self, name: str) -> tuple[int, str] | None:
+        """Bytes and ETag of one file; None where there is none."""
+        head = self._ask(name, lambda: self.client.head_object(**self._key(name)), refused=("NoSuchKey", "404"))
+        return None if head is None else (head["ContentLength"], head["ETag"])
+
+    def etag_is_md5(self, name: str) -> bool:
+        """Whether the ETag of a file of one PUT is its MD5: not where a key of KMS encrypts it."""
+        head = self._ask(name, lambda: self.client.head_object(**self._key(name)))
+        return head.get("ServerSideEncryption") in (None, "AES256")
+
+    def read_part(self, name: str, first: int, last: int, etag: str) -> bytes:
+        """Those bytes, the last included, of that version. Raises InfrastructureError where another took its place."""
+        return self._ask(name, lambda: self._get(name, first, last, IfMatch=etag))
 
     def children(self, folder: str) -> list[str]:
         top = (self._path(folder) + "/").lstrip("/")
@@ -152,9 +170,9 @@ class ObjectStore:
         file.seek(0)
         self.client.put_object(**self._key(name), Body=file, ContentMD5=_base64(digest))
 
-    def _get(self, name: str, first: int | None = None, last: int = 0) -> bytes:
+    def _get(self, name: str, first: int | None = None, last: int = 0, **conditions: str) -> bytes:
         part = {} if first is None else {"Range": f"bytes={first}-{last}"}
-        return self.client.get_object(**self._key(name), **part)["Body"].read()
+        return self.client.get_object(**self._key(name), **part, **conditions)["Body"].read()
 
     def _pages(self, prefix: str, delimiter: str) -> Iterator[dict[str, Any]]:
         asked: dict[str, str] = {"Bucket": self.bucket, "Prefix": prefix, "Delimiter": delimiter}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from batchsd import __version__, plugins
 from batchsd.columns import output_schema
-from batchsd.job import Job, check_names, model_extras, model_path, pixel_settings
+from batchsd.job import Job, check_names, model_extras, model_options, model_path, pixel_settings
 from batchsd.ledger import Ledger
 from batchsd.manifest import MAX_SHARDS, open_manifest
 from batchsd.model.fingerprint import checkpoint_hash
@@ -30,13 +30,17 @@ SHARD_ROWS = 256  # 1 to 5 minutes at 1 to 4 pictures a second; files of about 1
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked job, ready to run. `recipe` pickles and builds a worker; `warnings` are lines for people."""
+    """A checked job, ready to run. `recipe` pickles and builds a worker.
+
+    `warnings` are lines for people, and so is what was `recognised` of the checkpoint.
+    """
 
     plan: Plan
     shards: list[Shard]
     ledger: Ledger
     recipe: Recipe
     warnings: tuple[str, ...]
+    recognised: tuple[str, ...]
 
     @property
     def max_failed(self) -> float:
@@ -52,6 +56,8 @@ def prepare(job: Job, workers: int, gpu: bool, limit: int | None = None) -> Prep
     dtype "auto" becomes one dtype for the whole run. `limit` takes the manifest's first rows only. Where the
     job says "auto", a plan that stands in the output folder keeps its rows a shard.
     """
+    from batchsd.model.inspect import recognised
+
     registry = plugins.build(job.plugins, Path())
     check_registered(job, registry)
     ledger = Ledger(open_store(output_uri(job, limit)))
@@ -69,6 +75,8 @@ def prepare(job: Job, workers: int, gpu: bool, limit: int | None = None) -> Prep
     shards = first_rows(manifest.shards(rows_per_shard, job.input.repeat), limit)
     path = model_path(job)
     checkpoint = checkpoint_hash(path, model_extras(job))
+    options = model_options(job)
+    told = recognised(path, options["vae"], options["ema"])
     dtype = pinned_dtype(job, gpu)
     packed = registry.sources[1:]  # the first is batchsd itself
     facts = {"model": f"{path.name}@{checkpoint[:12]}", "checkpoint": checkpoint, "version": __version__}
@@ -84,7 +92,13 @@ def prepare(job: Job, workers: int, gpu: bool, limit: int | None = None) -> Prep
             **pinned_facts(job, gpu),
             **{f"plugin {source.name}": source.sha256 or source.version for source in packed},
         },
-        soft={**versions(), "backend": job.model.backend, "batch_size": job.run.batch_size, "gpu": gpu},
+        soft={
+            **versions(),
+            "backend": job.model.backend,
+            "batch_size": job.run.batch_size,
+            "gpu": gpu,
+            "model": list(told),
+        },
         files=tuple(file.facts() for file in manifest.files),
         rows=sum(shard.count for shard in shards) * job.input.repeat,
         rows_per_shard=rows_per_shard,
@@ -96,7 +110,14 @@ def prepare(job: Job, workers: int, gpu: bool, limit: int | None = None) -> Prep
     )
     schema = output_schema(manifest.schema, job, {**facts, "plan": plan.hash})
     recipe = Recipe(job, manifest, packed, schema, checkpoint, dtype, ledger.store.uri)
-    return Prepared(plan, shards, ledger, recipe, soft_differences(standing, plan))
+    return Prepared(plan, shards, ledger, recipe, (*soft_differences(standing, plan), *slow_types(dtype, gpu)), told)
+
+
+def slow_types(dtype: str, gpu: bool) -> tuple[str, ...]:
+    """A line where a CPU is to compute in a half type."""
+    if gpu or dtype == "float32":
+        return ()
+    return (f"model.dtype {dtype} on a CPU is 25 to 120 times slower than float32 there; leave it at 'auto'",)
 
 
 def output_uri(job: Job, limit: int | None) -> str:

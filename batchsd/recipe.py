@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchsd import __version__, plugins
-from batchsd.job import Job, model_options, model_path, pixel_settings
+from batchsd.job import Job, model_extras, model_options, model_path, pixel_settings
 from batchsd.manifest import Manifest
+from batchsd.model.fingerprint import checkpoint_hash
 from batchsd.pinned import FIXED_THREADS, lanes_of
 from batchsd.plugin_source import Source
 from batchsd.plugins import Registry
@@ -25,7 +26,7 @@ from batchsd.rows import Names, row_hasher
 from batchsd.run import Workbench
 from batchsd.sinks.aside import Aside
 from batchsd.store import open_store
-from batchsd.types import Sink
+from batchsd.types import Sink, UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -59,7 +60,9 @@ class Recipe:
         if threads:
             torch.set_num_threads(threads)
         registry = plugins.build(self.plugins, Path())
-        model = load(model_path(job), self.dtype, device or job.model.device, **model_options(job))
+        path = model_path(job)
+        self.refuse_another(path)
+        model = load(path, self.dtype, device or job.model.device, **model_options(job))
         engine = Engine(
             model,
             schedulers=registry.schedulers,
@@ -86,6 +89,15 @@ class Recipe:
                 "threads": torch.get_num_threads(),
             },
         )
+
+    def refuse_another(self, path: Path) -> None:
+        """Raises UsageError where this machine has another checkpoint there than the plan was made of."""
+        found = checkpoint_hash(path, model_extras(self.job))
+        if found != self.checkpoint:
+            raise UsageError(
+                f"{self.job.where('model.path')}: {path} on {platform.node()} is checkpoint {found[:12]}, the plan was "
+                f"made of {self.checkpoint[:12]}; bring the same files to every machine"
+            )
 
     def reader(self, registry: Registry | None = None) -> Reader:
         """Reads shards of the manifest, on a worker or anywhere else."""

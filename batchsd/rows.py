@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import string
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from batchsd.settings import MAX_SEED, MAX_SIZE, MAX_STEPS, MIN_SIZE
 from batchsd.types import RowError, UsageError
 
 MAX_CHARACTERS = 20_000  # far beyond what any text encoder reads; stops a manifest that is not one of prompts
+
+ADAPTER = re.compile(r"<(?:lora|lyco|hypernet):[^>]*>", re.IGNORECASE)
 
 # The settings of a job that each row resolves for itself: they count through the row's own values.
 ROW_SETTINGS = frozenset(
@@ -221,10 +224,16 @@ class Resolver:
                 value = self.template.fill(manifest_row)
             if value is None:
                 raise Refused("prompt: null (an empty text is a valid prompt)")
-            return text("prompt", value)
+            return self._without_loras(text("prompt", value))
         except Refused as refusal:
             problems.append(str(refusal))
             return value if isinstance(value, str) else None
+
+    def _without_loras(self, prompt: str) -> str:
+        """Raises Refused where A1111's syntax asks for an adapter in the prompt: the network is one for all rows."""
+        if self.job.conditioning.prompt_syntax == "a1111" and (found := ADAPTER.search(prompt)):
+            raise Refused(f"prompt: {_shown(found[0])} would hold for this row alone; give LoRAs as model.loras")
+        return prompt
 
     def _inputs(
         self,

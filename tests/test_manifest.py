@@ -182,6 +182,11 @@ REFUSED = {
         "a.toml:2: input.manifest: column 'n' is string, but steps must be a number; "
         "write it so, or give the column another name",
     ),
+    "a LoRA a row": (
+        {"prompt": ["a"], "lora": ["style.safetensors"]}, (),
+        "a.toml:2: input.manifest: column 'lora': LoRAs are merged when the model loads, one set for a whole run "
+        "(model.loras), not row by row; make a run for each set, or give the column another name",
+    ),
     "output's own name": (
         {"prompt": ["a"], "status": ["x"]}, (),
         "a.toml:2: input.manifest: the manifest's column 'status' bears the name of an output column - "

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -94,6 +95,39 @@ def test_changed_soft_facts_are_said(tmp_path: Path, checkpoint: Path) -> None:
     first.ledger.begin(first.plan)
     again = prepare(write_job(tmp_path, checkpoint, 20, "run.batch_size=4"), 1, gpu=False)
     assert again.warnings == ("batch_size was auto when this run began, now 4",)
+
+
+def test_what_the_checkpoint_is_stands_in_the_plan(tmp_path: Path, checkpoint: Path) -> None:
+    prepared = prepare(write_job(tmp_path, checkpoint), 1, gpu=False)
+    assert prepared.recognised[0].startswith("SD-like text because unet/config.json has in_channels 4")
+    prepared.ledger.begin(prepared.plan)
+    standing = prepared.ledger.plan()
+    assert standing is not None and standing.soft["model"] == list(prepared.recognised)
+
+
+def test_a_checkpoint_that_is_not_whole_is_found_before_a_worker_starts(tmp_path: Path, checkpoint: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    file = folder / "vae/diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UsageError, match="vae/diffusion_pytorch_model.safetensors: .* is the download complete?"):
+        prepare(write_job(tmp_path, folder), 1, gpu=False)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_types_on_a_cpu_are_warned_of(tmp_path: Path, checkpoint: Path, dtype: str) -> None:
+    job = write_job(tmp_path, checkpoint, 20, f"model.dtype={dtype}")
+    (warning,) = prepare(job, 1, gpu=False).warnings
+    assert warning.startswith(f"model.dtype {dtype} on a CPU is 25 to 120 times slower")
+    assert prepare(job, 1, gpu=True).warnings == ()
+
+
+def test_a_machine_with_another_checkpoint_does_not_draw(tmp_path: Path, checkpoint: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    recipe = prepare(write_job(tmp_path, folder), 1, gpu=False).recipe
+    config = folder / "scheduler/scheduler_config.json"
+    config.write_text(config.read_text().replace("0.012", "0.013"))
+    with pytest.raises(UsageError, match="model.path: .*copy on .* is checkpoint .*, the plan was made of"):
+        recipe()
 
 
 @pytest.mark.parametrize(("setting", "rows"), [("run.max_failed=3", 3), ("run.max_failed=0.25", 5.0)])

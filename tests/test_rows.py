@@ -217,6 +217,14 @@ def test_a_bad_value_is_its_rows_problem(make, name, value, said):
         assert fields[name] == (value if isinstance(value, str) else None)
 
 
+def test_an_adapter_in_a_prompt_is_refused_where_the_syntax_knows_it(make):
+    row = {"prompt": "a cat <lora:style:0.8>"}
+    ((_, error),) = resolve(make("conditioning.prompt_syntax=a1111"), row)
+    assert error == "prompt: '<lora:style:0.8>' would hold for this row alone; give LoRAs as model.loras"
+    ((fields, error),) = resolve(make(), row)
+    assert not error and fields["prompt"] == row["prompt"]
+
+
 def test_all_problems_of_a_row_are_said(make):
     ((_, problem),) = resolve(make(), {"prompt": None, "steps": 0, "scheduler": "x"})
     assert problem == (

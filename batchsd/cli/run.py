@@ -79,6 +79,7 @@ def retry(run_folder: str, local: bool, address: str | None) -> None:
 def carry_out(job: Job, address: str | None, limit: int | None, begin: Callable[[Prepared], Beginning]) -> None:
     """Plan, begin and drive a run to its end. `begin` is called by the holder of the folder's lock."""
     from batchsd.drive import Stop, check_failed, deadline_of, drive
+    from batchsd.job import fetch_models
     from batchsd.ledger import Ledger
     from batchsd.lock import Lock
     from batchsd.place import choose_place
@@ -95,7 +96,10 @@ def carry_out(job: Job, address: str | None, limit: int | None, begin: Callable[
             if not Ledger(open_store(output_uri(job, limit))).succeeded():
                 place.connect()  # it comes up while the plan is made
         stack.enter_context(signals(stop))
+        fetch_models(job, say)
         prepared = prepare(job, place.workers, place.gpu, limit)
+        for reason in prepared.recognised[:2]:  # all are in the plan
+            say(f"model: {reason}")
         for warning in (*prepared.warnings, *place.warnings):
             say(f"note: {warning}")
         ledger, plan = prepared.ledger, prepared.plan

@@ -14,7 +14,7 @@ from torch import nn
 
 from batchsd.model.checkpoint import networks, read_parts
 from batchsd.model.text import known_names, text_network
-from batchsd.model.weights import State, differences
+from batchsd.model.weights import State, check, differences
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:
@@ -34,6 +34,17 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
         "scheduler": parts.scheduler.get("_class_name", ""),
         "networks": found,
     }
+
+
+def recognised(path: Path, vae: str = "", ema: bool = False) -> tuple[str, ...]:
+    """What was recognised and why, a line each, from the headers of the files: quick, before anything loads.
+
+    Raises `UsageError` where U-Net or VAE are not whole, of another kind, or broken.
+    """
+    parts = read_parts(path, vae, ema)
+    for name, network, state in zip(("unet", "vae"), networks(parts), (parts.unet, parts.vae), strict=True):
+        check(network, state, f"{parts.where}: {name}")
+    return parts.reasons
 
 
 def network_facts(network: nn.Module, state: State) -> dict[str, Any]:

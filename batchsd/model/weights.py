@@ -84,14 +84,19 @@ def differences(module: nn.Module, state: State) -> list[str]:
     return found
 
 
+def check(module: nn.Module, state: State, where: str) -> None:
+    """Raises `UsageError` naming the first tensor that is missing, unused or of another shape."""
+    wrong = differences(module, state)
+    if wrong:
+        raise UsageError(f"{where}: {wrong[0]}")
+
+
 def fill(module: nn.Module, state: State, where: str) -> None:
     """Puts `state` into a module made on the meta device, the tensors themselves, not copies.
 
     Raises `UsageError` naming the first tensor that is missing, unused or of another shape.
     """
-    wrong = differences(module, state)
-    if wrong:
-        raise UsageError(f"{where}: {wrong[0]}")
+    check(module, state, where)
     module.load_state_dict(state, assign=True)
 
 
