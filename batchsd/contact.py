@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -17,8 +16,10 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
 from batchsd.columns import OURS
+from batchsd.store import Store
 from batchsd.types import UsageError
 
+CONTACT = "contact.png"
 MARGIN, GAP, TEXT, LINES = 24, 16, 13, 3  # pixels; the last is how many lines of a prompt are shown
 LINE = TEXT + 5
 PAPER, INK, PALE, GRAY = "#ffffff", "#1a1a1a", "#555555", "#d4d4d4"
@@ -33,21 +34,21 @@ class Row:
     failure: str
 
 
-def write_contact_sheet(run_folder: Path, out: Path, most: int = 64) -> int:
-    """Draw up to `most` rows of `run_folder/data/*.parquet` to the PNG file `out`; give how many were drawn.
+def write_contact_sheet(store: Store, tables: Sequence[tuple[str, int]], most: int = 64) -> int:
+    """Draw up to `most` rows of a run to its `contact.png`; give how many were drawn.
 
-    Raises UsageError where the run holds no rows yet.
+    `tables` are its Parquet files in order, each with its number of rows; only those of chosen rows are opened.
+    Raises UsageError where there are no rows.
     """
-    files = sorted((run_folder / "data").glob("*.parquet"))
-    total = sum(pq.read_metadata(file).num_rows for file in files)
+    total = sum(rows for _, rows in tables)
     if not total:
-        raise UsageError(f"{run_folder}: no rows in data/*.parquet to show; run the job first")
+        raise UsageError(f"{store.uri}: no rows to show; run the job first")
     count = min(most, total)
-    chosen = [i * total // count for i in range(count)]
-    names = _names(pq.read_schema(files[0]))
-    rows = [_row(values, names) for values in _read(files, chosen, list(names.values()))]
+    rows = list(_read(store, tables, [i * total // count for i in range(count)]))
     shown = f"{total} rows" if count == total else f"{count} of {total} rows"
-    _draw(rows, f"{run_folder.resolve().name}: {shown}").save(out, "PNG")
+    sheet = io.BytesIO()
+    _draw(rows, f"{store.uri.rpartition('/')[2]}: {shown}").save(sheet, "PNG")
+    store.put(CONTACT, sheet.getvalue())
     return count
 
 
@@ -57,19 +58,24 @@ def _names(schema: pa.Schema) -> dict[str, str]:
     return {name: ours[name] for name in ("image", "prompt", "status", "error")}
 
 
-def _read(files: Sequence[Path], chosen: Sequence[int], names: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows of those numbers, counted over all files; `chosen` rises."""
-    first = 0  # number of the first row of the row group at hand
-    wanted = list(chosen)
-    for file in files:
-        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+def _read(store: Store, tables: Sequence[tuple[str, int]], chosen: Sequence[int]) -> Iterator[Row]:
+    """The rows of those numbers, counted over all tables; `chosen` rises."""
+    first = 0  # number of the table's first row
+    for table, rows in tables:
+        here = [number - first for number in chosen if first <= number < first + rows]
+        first += rows
+        file = store.open(table) if here else None
+        if file is None:  # not chosen; or gone, which is for `verify` to say
+            continue
+        with file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            names, start = _names(parquet.schema_arrow), 0
             for group in range(parquet.num_row_groups):
                 size = parquet.metadata.row_group(group).num_rows
-                here = [number - first for number in wanted if number < first + size]
-                if here:
-                    yield from parquet.read_row_group(group, names).take(here).to_pylist()
-                wanted = wanted[len(here) :]
-                first += size
+                wanted = [number - start for number in here if start <= number < start + size]
+                start += size
+                if wanted:
+                    found = parquet.read_row_group(group, list(names.values())).take(wanted).to_pylist()
+                    yield from (_row(values, names) for values in found)
 
 
 def _row(values: Mapping[str, Any], names: Mapping[str, str]) -> Row:

@@ -1,48 +1,49 @@
 """A finished run in another layout, without drawing again: every committed row, through another sink.
 
-It is built beside its final place and gets its name when it is whole; the run itself is not touched.
+Files are published whole, as a run's are, and the card comes last; an export that was cut off begins anew. The
+run itself is not touched.
 """
 
 from __future__ import annotations
 
-import shutil
+import secrets
 from dataclasses import replace
-from pathlib import Path
 
 from batchsd.card import write_card
-from batchsd.ledger import place_of
+from batchsd.ledger import OURS, STAGING, place_of
 from batchsd.reread import open_run, records, schema_of, shards
 from batchsd.run import check_staged
 from batchsd.store import open_store
 from batchsd.types import Sink, UsageError
 
+EXPORTING = f"{OURS}/EXPORTING"  # there until all is
 
-def export(run: str, sink: Sink, name: str, target: Path) -> int:
-    """Write all rows of `run` through `sink` (registered as `name`) to `target`; give how many.
 
-    Raises UsageError where the run is not finished, or `target` exists.
+def export(run: str, sink: Sink, name: str, target: str) -> int:
+    """Write all rows of `run` through `sink` (registered as `name`) to the folder `target`; give how many.
+
+    Raises UsageError where the run is not finished, or `target` holds anything but an export that was cut off.
     """
     plan, ledger = open_run(run)
     if not ledger.succeeded():
         raise UsageError(f"{run}: the run is not finished; run its job again first")
-    if target.exists():
-        raise UsageError(f"{target} exists; give another --to, or remove it")
+    out = open_store(target)
+    if out.children("") and out.read(EXPORTING) is None:
+        raise UsageError(f"{out.uri} is not empty; give another --to, or empty it yourself")
+    out.put(EXPORTING, b"")
     schema = schema_of(run)
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # an export that was cut off
-    for shard in shards(run):
-        staging = partial / "staging"
-        staging.mkdir(parents=True)
-        writer = sink.open(staging, shard.name, schema)
+    for number, shard in enumerate(shards(run)):
+        staging = f"{STAGING}/{number:05d}.{secrets.token_hex(8)}"
+        folder = out.scratch(staging)
+        writer = sink.open(folder, shard.name, schema)
         for record in records(shard):
             writer.add(record)
         writer.close()
-        for file in check_staged(staging, shard.rows):
-            place = partial / place_of(file.name)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            (staging / file.name).rename(place)
-        shutil.rmtree(staging)
+        files = check_staged(folder, shard.rows)
+        out.hand_in(staging)
+        out.publish([(f"{staging}/{file.name}", place_of(file.name)) for file in files])
+        out.remove(staging)
     total = ledger.tally()
-    write_card(open_store(str(partial)), replace(plan, sink=name), total, schema)
-    partial.rename(target)
+    write_card(out, replace(plan, sink=name), total, schema)
+    out.remove(OURS)
     return total.rows

@@ -18,6 +18,7 @@ from typing import Any
 
 from batchsd.redact import redact
 from batchsd.reread import open_run, records, schema_of, shards
+from batchsd.store import Store, open_store
 from batchsd.types import Record
 
 MOST, RANDOM, EACH, KEYS = 400, 120, 24, 20  # pictures on the page, in a sheet; row keys a kind of failure
@@ -82,8 +83,8 @@ class Figures:
             self.numbers[name].append(value)
 
 
-def write_report(run: str, target: Path) -> int:
-    """Write the page of a run (finished or not) to `target`; give how many pictures are on it.
+def write_report(run: str, target: Store, file: str) -> tuple[int, int]:
+    """Write the page of a run (finished or not) to `file` in `target`; give its pictures, and its bytes.
 
     Raises UsageError where no shard is done yet.
     """
@@ -98,7 +99,7 @@ def write_report(run: str, target: Path) -> int:
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template)
     text = page.render(
-        name=Path(run).resolve().name,
+        name=open_store(run).uri.rpartition("/")[2],
         plan=plan,
         total=total,
         figures=figures,
@@ -108,10 +109,9 @@ def write_report(run: str, target: Path) -> int:
         job=json.dumps(redact(dict(plan.job)), indent=1),
         facts=json.dumps({"hard": plan.hard, "soft": plan.soft, "input": plan.files}, indent=1),
     )
-    partial = target.with_name(f"{target.name}.partial")
-    partial.write_text(text, encoding="utf-8", errors="replace")
-    partial.replace(target)
-    return sum(len(tiles) for _, _, tiles in shown)
+    data = text.encode("utf-8", errors="replace")
+    target.put(file, data)
+    return sum(len(tiles) for _, _, tiles in shown), len(data)
 
 
 def gather(rows: Iterable[Record], seed: str) -> tuple[Figures, list[tuple[str, Sample]]]:

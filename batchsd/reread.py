@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchsd.columns import IMAGE_TYPE, MANIFEST, OURS
+from batchsd.columns import MANIFEST, OURS, picture_column, row_index
 from batchsd.ledger import Ledger, place_of
 from batchsd.plan import Plan
-from batchsd.store import open_store
+from batchsd.store import Store, open_store
 from batchsd.types import Record, Request, UsageError
 
 BATCH = 100  # rows: one row group
@@ -28,9 +28,10 @@ BATCH = 100  # rows: one row group
 class WrittenShard:
     """One committed shard: its name and its tables (the failed rows' last, where they lie apart)."""
 
+    store: Store
     name: str
     rows: int
-    files: tuple[Path, ...]
+    files: tuple[str, ...]
 
 
 def open_run(run: str) -> tuple[Plan, Ledger]:
@@ -40,7 +41,7 @@ def open_run(run: str) -> tuple[Plan, Ledger]:
     if plan is None:
         raise UsageError(f"{run}: no run of batchsd is here (no plan)")
     if plan.sink != "parquet":
-        raise UsageError(f"{run}: its layout is {plan.sink!r}; only parquet can be read again yet")
+        raise UsageError(f"{run}: its layout is {plan.sink!r}; reports and exports are made from parquet runs")
     return plan, ledger
 
 
@@ -50,7 +51,7 @@ def shards(run: str) -> list[WrittenShard]:
     found = []
     for marker in ledger.markers():
         files = sorted((place_of(file.name) for file in marker.files), key=lambda name: name.startswith("failed/"))
-        found.append(WrittenShard(Path(files[0]).stem, marker.rows, tuple(Path(run) / name for name in files)))
+        found.append(WrittenShard(ledger.store, PurePosixPath(files[0]).stem, marker.rows, tuple(files)))
     if not found:
         raise UsageError(f"{run}: no shard is done yet; run the job first")
     return found
@@ -58,7 +59,9 @@ def shards(run: str) -> list[WrittenShard]:
 
 def schema_of(run: str) -> pa.Schema:
     """The run's output schema, with the metadata that its sink was given."""
-    return pq.read_schema(shards(run)[0].files[0])
+    shard = shards(run)[0]
+    with _open(shard.store, shard.files[0]) as file:
+        return file.schema_arrow
 
 
 def ours_to_columns(schema: pa.Schema) -> dict[str, str]:
@@ -69,9 +72,9 @@ def ours_to_columns(schema: pa.Schema) -> dict[str, str]:
 def records(shard: WrittenShard) -> Iterator[Record]:
     """The shard's rows in order."""
     if len(shard.files) == 1:
-        yield from (_record(row, i, shard.name) for i, row in enumerate(_rows(shard.files[0])))
+        yield from (_record(row, i, shard.name) for i, row in enumerate(_rows(shard.store, shard.files[0])))
         return
-    good, failed = (_rows(file) for file in shard.files)
+    good, failed = (_rows(shard.store, file) for file in shard.files)
     following = next(good, None)
     for index in range(shard.rows):
         if following is not None and _index(following) == index:
@@ -81,17 +84,23 @@ def records(shard: WrittenShard) -> Iterator[Record]:
             yield _record(next(failed), index, shard.name)
 
 
-def _rows(path: Path) -> Iterator[pa.Table]:
+def _open(store: Store, name: str) -> pq.ParquetFile:
+    file = store.open(name)
+    if file is None:
+        raise UsageError(f"{store.uri}/{name} is missing; `batchsd verify` lists what else is")
+    return pq.ParquetFile(file, page_checksum_verification=True)
+
+
+def _rows(store: Store, name: str) -> Iterator[pa.Table]:
     """One-row tables."""
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+    with _open(store, name) as file:
         for batch in file.iter_batches(BATCH):
             table = pa.Table.from_batches([batch], file.schema_arrow)
             yield from (table.slice(i, 1) for i in range(table.num_rows))
 
 
 def _index(row: pa.Table) -> int:
-    (name,) = (field.name for field in row.schema if field.type == IMAGE_TYPE and OURS in (field.metadata or {}))
-    return int(Path(row[name][0].as_py()["path"]).stem.rpartition("-")[2])
+    return row_index(row[picture_column(row.schema)][0].as_py()["path"])
 
 
 def _record(row: pa.Table, index: int, shard: str) -> Record:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from batchsd.card import write_card
-from batchsd.ledger import Tally
+from batchsd.ledger import DATA, Marker, Tally, place_of
 from batchsd.prepare import Prepared
 from batchsd.progress import duration, failures
 
@@ -40,19 +41,34 @@ def counts(tally: Tally) -> str:
 
 def made(prepared: Prepared, total: Tally, seconds: float) -> str:
     """The last line: what was made, where, and how to open it. Writes the dataset's card and the contact sheet."""
-    folder = Path(prepared.ledger.store.uri)
-    write_card(prepared.ledger.store, prepared.plan, total, prepared.recipe.schema)
-    parts = f"{counts(total)} in {duration(seconds)} -> {shown(folder)}"
-    if prepared.plan.sink != "parquet" or not list((folder / "data").glob("*.parquet")):
+    store = prepared.ledger.store
+    write_card(store, prepared.plan, total, prepared.recipe.schema)
+    parts = f"{counts(total)} in {duration(seconds)} -> {shown(store.uri)}"
+    if prepared.plan.sink != "parquet" or not total.ok:
         return parts
-    from batchsd.contact import write_contact_sheet
+    from batchsd.contact import CONTACT, write_contact_sheet
 
-    sheet = folder / "contact.png"
-    write_contact_sheet(folder, sheet)
-    return f'{parts} (load_dataset("{shown(folder)}")); contact sheet: {shown(sheet)}'
+    tables = [table for marker in prepared.ledger.markers() for table in _table(marker)]
+    write_contact_sheet(store, tables)
+    return f"{parts} ({loading(store.uri)}); contact sheet: {shown(f'{store.uri}/{CONTACT}')}"
 
 
-def shown(path: str | Path) -> str:
-    """A path as a person would type it from here."""
-    path = Path(path)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+def _table(marker: Marker) -> Iterator[tuple[str, int]]:
+    """A Parquet shard's table in `data/` with its rows: where failed rows lie aside, those with a picture."""
+    names = [place_of(file.name) for file in marker.files]
+    rows = marker.rows if len(names) == 1 else marker.ok
+    yield from ((name, rows) for name in names if name.startswith(f"{DATA}/"))
+
+
+def loading(uri: str) -> str:
+    """How `datasets` opens a run of Parquet files."""
+    if "://" in uri:
+        return f'load_dataset("parquet", data_files="{uri}/{DATA}/*.parquet")'
+    return f'load_dataset("{shown(uri)}")'
+
+
+def shown(place: str | Path) -> str:
+    """A path as a person would type it from here; a URI as it is."""
+    path = Path(place)
+    here = "://" not in str(place) and path.is_relative_to(Path.cwd())
+    return str(path.relative_to(Path.cwd())) if here else str(place)

@@ -114,7 +114,7 @@ def test_an_export_equals_a_run(draw, sets: tuple[str, ...]) -> None:
     wanted = {path.name: path.read_bytes() for path in (draw("webdataset") / "data").iterdir()}
     assert len(tars) == 4 and tars == wanted
     assert len(list(load(target))) == len(GOOD)
-    with pytest.raises(UsageError, match="exists"):
+    with pytest.raises(UsageError, match="is not empty"):
         commands.main(["export", str(run), "--sink", "webdataset", "--to", str(target)], standalone_mode=False)
 
 

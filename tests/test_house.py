@@ -22,17 +22,19 @@ LONGEST = 330  # lines; a longer file is two files
 MAY_IMPORT = {
     # the command line
     "__main__": "cli",
-    "cli": "drive export infra job ledger lock manifest model place plugins prepare progress reader recipe report "
-    "revise status store summary verify",
-    "report": "redact reread",
+    "cli": "drive estimate export infra job ledger lock manifest model place plugins prepare progress reader recipe "
+    "report revise starter status store summary verify",
+    "report": "redact reread store",
     "infra": "job",
+    "starter": "",
+    "estimate": "diffusion plugins prepare progress run",
     "export": "card ledger reread run store",
     "reread": "columns ledger plan store",
     "summary": "card contact ledger prepare progress",
     "status": "ledger lock store",
     "verify": "columns ledger store",
     "card": "columns ledger plan redact store",
-    "contact": "columns",
+    "contact": "columns store",
     "revise": "columns job ledger plan prepare published store",
     "place": "cluster job recipe run",
     "cluster": "actor run",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from batchsd.report import EACH, MOST, RANDOM, brightness, gather, histogram
+from batchsd.store import LocalStore
 from batchsd.testing import example_records
 
 HOSTILE = '</figcaption><script>alert(1)</script><img src=x onerror="alert(2)">'
@@ -42,7 +43,7 @@ def page_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(report, "shards", lambda run: [records])
     monkeypatch.setattr(report, "records", iter)
     monkeypatch.setattr(report, "schema_of", lambda run: pa.schema([], {"batchsd": '{"model": "m"}'}))
-    report.write_report(str(tmp_path), tmp_path / "report.html")
+    report.write_report(str(tmp_path), LocalStore(tmp_path), "report.html")
     return (tmp_path / "report.html").read_text()
 
 

@@ -11,6 +11,7 @@ import sys
 
 import click
 
+from batchsd.cli.begin import init
 from batchsd.cli.export import export, report
 from batchsd.cli.infra import infra
 from batchsd.cli.look import inspect, plan, plugins, schema, status, validate
@@ -46,5 +47,5 @@ def commands() -> None:
     """Turn a Parquet manifest of prompts into a dataset of pictures."""
 
 
-for command in (run, plan, validate, status, retry, verify, export, report, inspect, plugins, schema, infra):
+for command in (init, run, plan, validate, status, retry, verify, export, report, inspect, plugins, schema, infra):
     commands.add_command(command)

@@ -22,7 +22,7 @@ def export(run_folder: str, sink: str, to: str | None, names: tuple[str, ...]) -
     sinks = plugins.build(names, Path()).sinks
     if sink not in sinks:
         raise UsageError(f"--sink: {sink!r} is unknown; have {', '.join(sinks)}")
-    target = Path(to or f"{run_folder.rstrip('/')}-{sink}").absolute()
+    target = to or f"{run_folder.rstrip('/')}-{sink}"
     rows = write(run_folder, sinks[sink], sink, target)
     click.echo(f"{rows:,} rows -> {shown(target)}")
 
@@ -33,8 +33,9 @@ def export(run_folder: str, sink: str, to: str | None, names: tuple[str, ...]) -
 def report(run_folder: str, to: str | None) -> None:
     """Show RUN as one HTML page: pictures, figures, failures, the exact job."""
     from batchsd.report import write_report
+    from batchsd.store import open_store
     from batchsd.summary import shown
 
-    target = Path(to or f"{run_folder}/report.html").absolute()
-    count = write_report(run_folder, target)
-    click.echo(f"{count:,} pictures on {shown(target)} ({target.stat().st_size / 2**20:.1f} MiB)")
+    folder, _, name = (to or f"{run_folder.rstrip('/')}/report.html").rpartition("/")
+    count, size = write_report(run_folder, open_store(folder or "."), name)
+    click.echo(f"{count:,} pictures on {shown(to or f'{run_folder}/report.html')} ({size / 2**20:.1f} MiB)")

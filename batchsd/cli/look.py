@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import click
@@ -17,8 +18,13 @@ from batchsd.cli.options import date_option, json_option, load_job, set_option
 @set_option
 @date_option
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="the first N rows")
-def plan(job: str, sets: tuple[str, ...], day: datetime | None, limit: int | None) -> None:
-    """Say what `run` would make, from the manifest's footers alone."""
+@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="pictures a second of one worker")
+@click.option("--measure", is_flag=True, help="draw a few rows here to find the rate")
+def plan(
+    job: str, sets: tuple[str, ...], day: datetime | None, limit: int | None, rate: float | None, measure: bool
+) -> None:
+    """Say what `run` would make and take, from the manifest's footers and a few of its rows."""
+    from batchsd import estimate
     from batchsd.place import choose_place
     from batchsd.prepare import prepare
     from batchsd.summary import plan_lines
@@ -26,7 +32,13 @@ def plan(job: str, sets: tuple[str, ...], day: datetime | None, limit: int | Non
     loaded = load_job(job, sets, day)
     with choose_place(loaded, None, os.environ) as place:
         prepared = prepare(loaded, place.workers, place.gpu, limit)
+        crew = place.crew
     click.echo("\n".join(plan_lines(prepared, place.describe())))
+    rows = estimate.sample(prepared)
+    speed = estimate.Rate(rate, "--rate") if rate else None
+    if measure and rows:
+        speed = estimate.measure(rows, partial(prepared.recipe, device=crew.device, threads=crew.threads))
+    click.echo("\n".join(estimate.estimate_lines(prepared, crew.workers, crew.gpus, speed, rows)))
 
 
 @click.command()
