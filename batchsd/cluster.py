@@ -16,17 +16,26 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from batchsd.actor import Failed, Message, Ready, Worker
 from batchsd.run import Dispatcher, Workbench, describe
 from batchsd.types import InfrastructureError, ShardResult
 
 IN_FLIGHT = 2  # tickets with an actor: the next one is there before the last one ends
+NODE_PATIENCE = 120.0  # seconds for a node to import what a question needs and answer it
 POLL = 0.5  # seconds
 LONGEST_BACK_OFF = 30.0  # seconds
 SAY_EVERY = 30.0  # seconds between lines about workers that have not come
 OBJECT_STORE = 128 * 2**20  # bytes; only tickets and events pass through it, never pictures
+
+
+T = TypeVar("T")
+
+
+def call_it(call: Callable[[], T]) -> T:
+    """As a function of its own, for Ray: a partial has no name, which it asks for."""
+    return call()
 
 
 class Cluster:
@@ -50,6 +59,28 @@ class Cluster:
         import ray
 
         return ray.cluster_resources()
+
+    def on_every_node(self, call: Callable[[], T]) -> dict[str, T]:
+        """What `call` gives on each node, by the node's address. Raises InfrastructureError where one is silent."""
+        self.resources()
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        task: Any = ray.remote(num_cpus=0, max_retries=0)(call_it)
+        asked = {}
+        for node in ray.nodes():
+            if node["Alive"]:
+                there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                asked[node["NodeManagerAddress"], node["NodeID"]] = task.options(scheduling_strategy=there).remote(call)
+        answers = {}
+        for (address, number), reference in asked.items():
+            try:
+                # Several nodes of one address are a test's, on one machine.
+                name = address if address not in answers else f"{address} ({number[:6]})"
+                answers[name] = ray.get(reference, timeout=NODE_PATIENCE)
+            except ray.exceptions.RayError as error:
+                raise InfrastructureError(f"node {address} does not answer: {describe(error)}") from None
+        return answers
 
     def close(self) -> None:
         """Leave the cluster, ending a private one. One that is not up yet ends with this process."""

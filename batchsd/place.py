@@ -90,6 +90,13 @@ class Place:
             self._cluster = Cluster(self._address, max(cpus_here(), self.workers) if private else None)
         return self._cluster
 
+    def check_nodes(self, recipe: Recipe) -> None:
+        """On more than one node: every one sees the output, the model and the manifest. Raises UsageError."""
+        if self.on_ray and self._address != "local":
+            from batchsd.preflight import check_nodes
+
+            check_nodes(recipe, self.connect().on_every_node)
+
     def executor(self, recipe: Recipe, log: Callable[[str], None]) -> Executor:
         """The workers, once the plan is made; waits for Ray to be up."""
         if not self.on_ray:

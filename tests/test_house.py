@@ -22,8 +22,8 @@ LONGEST = 330  # lines; a longer file is two files
 MAY_IMPORT = {
     # the command line
     "__main__": "cli",
-    "cli": "drive estimate export infra job ledger lock manifest model place plugins prepare progress reader recipe "
-    "report revise starter status store summary verify",
+    "cli": "cluster doctor drive estimate export infra job ledger lock manifest model place "
+    "plugins prepare progress reader recipe report revise starter status store summary verify",
     "report": "redact reread store",
     "infra": "job",
     "starter": "",
@@ -36,7 +36,9 @@ MAY_IMPORT = {
     "card": "columns ledger plan redact store",
     "contact": "columns store",
     "revise": "columns job ledger plan prepare published store",
-    "place": "cluster job recipe run",
+    "doctor": "job model place preflight prepare store",
+    "place": "cluster job preflight recipe run",
+    "preflight": "job model recipe store",
     "cluster": "actor run",
     "actor": "run",
     "drive": "ledger plan progress run",

@@ -13,6 +13,7 @@ import click
 
 from batchsd.cli.begin import init
 from batchsd.cli.export import export, report
+from batchsd.cli.health import doctor
 from batchsd.cli.infra import infra
 from batchsd.cli.look import inspect, plan, plugins, schema, status, validate
 from batchsd.cli.operate import verify
@@ -47,5 +48,6 @@ def commands() -> None:
     """Turn a Parquet manifest of prompts into a dataset of pictures."""
 
 
-for command in (init, run, plan, validate, status, retry, verify, export, report, inspect, plugins, schema, infra):
+looking = (plan, validate, status, verify, report, inspect, plugins, schema, doctor)
+for command in (init, run, retry, export, infra, *looking):
     commands.add_command(command)

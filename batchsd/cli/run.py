@@ -113,6 +113,7 @@ def carry_out(job: Job, address: str | None, limit: int | None, begin: Callable[
             check_failed(tally, prepared.max_failed)
             click.echo(f"nothing to do: {shown(ledger.store.uri)} is complete ({counts(tally)})", file=out)
             return
+        place.check_nodes(prepared.recipe)
         done = f", {tally.rows:,} are done" if tally.rows else ""
         anew = f", {len(beginning.revisions):,} shards are built anew" if beginning.revisions else ""
         say(f"{plan.rows:,} pictures in {plan.shards:,} shards{done}{anew}; {place.describe()}")
