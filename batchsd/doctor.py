@@ -91,13 +91,14 @@ def device_finding(facts: NodeFacts) -> Finding:
     return Finding("ok", f"{facts.host}: {named}, torch for CUDA {facts.cuda}")
 
 
-def job(loaded: Job, facts: NodeFacts, plan: Callable[[], Prepared]) -> Iterator[Finding]:
+def job(loaded: Job, facts: NodeFacts, plan: Callable[[], list[Prepared]]) -> Iterator[Finding]:
     """Manifest, checkpoint and plugins as `run` would check them, the output's storage, and memory."""
-    prepared = plan()
-    rows = prepared.recipe.manifest.rows
-    yield Finding("ok", f"manifest: {rows:,} rows in {len(prepared.plan.files):,} files")
+    parts = plan()
+    rows = sum(part.recipe.manifest.rows for part in parts)
+    files = {file.name for part in parts for file in part.recipe.manifest.files}
+    yield Finding("ok", f"manifest: {rows:,} rows in {len(files):,} files")
     yield output_finding(loaded.output.uri)
-    yield memory_finding(loaded, str(prepared.plan.hard["model.dtype"]), facts)
+    yield memory_finding(loaded, str(parts[0].plan.hard["model.dtype"]), facts)
 
 
 def output_finding(uri: str) -> Finding:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from batchsd.card import write_card
 from batchsd.ledger import OURS, STAGING, place_of
+from batchsd.marker import sum_of
 from batchsd.reread import open_run, records, schema_of, shards
 from batchsd.run import check_staged
 from batchsd.store import open_store
@@ -24,8 +25,8 @@ def export(run: str, sink: Sink, name: str, target: str) -> int:
 
     Raises UsageError where the run is not finished, or `target` holds anything but an export that was cut off.
     """
-    plan, ledger = open_run(run)
-    if not ledger.succeeded():
+    plan, plans = open_run(run)
+    if not all(ledger.succeeded() for ledger in plans):
         raise UsageError(f"{run}: the run is not finished; run its job again first")
     out = open_store(target)
     if out.children("") and out.read(EXPORTING) is None:
@@ -43,7 +44,7 @@ def export(run: str, sink: Sink, name: str, target: str) -> int:
         out.hand_in(staging)
         out.publish([(f"{staging}/{file.name}", place_of(file.name)) for file in files])
         out.remove(staging)
-    total = ledger.tally()
+    total = sum_of(ledger.tally() for ledger in plans)
     write_card(out, replace(plan, sink=name), total, schema)
     out.remove(OURS)
     return total.rows

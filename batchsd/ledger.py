@@ -11,17 +11,17 @@ are revised in the same way.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
+from batchsd.marker import Marker, Tally, read_marker, sha256_of, sum_of
 from batchsd.plan import Plan, from_json
 from batchsd.store import Store
-from batchsd.types import InfrastructureError, OutputFile, Shard, ShardResult, UsageError
+from batchsd.types import InfrastructureError, Shard, ShardResult, UsageError
 
 DATA = "data"
 FAILED = "failed"  # where a sink puts a table of failed rows
@@ -29,42 +29,8 @@ OURS = "__batchsd"  # `datasets`, Spark and the rest skip names with two undersc
 STAGING = f"{OURS}/staging"
 SUCCESS = f"{OURS}/SUCCESS.json"
 STATUS = f"{OURS}/status.json"
+PLAN = re.compile(r"\d{4}(?:\.r\d+)?\.json")
 MARKER = re.compile(r"(\d{5})(?:\.r(\d+))?\.json")
-
-
-@dataclass(frozen=True, slots=True)
-class Marker:
-    """The commit of one shard: everything `status` and `verify` need to know about it."""
-
-    shard: int
-    rows: int
-    ok: int
-    failed: Mapping[str, int]
-    bytes: int
-    sha256: str
-    files: tuple[OutputFile, ...]
-    nonce: str
-    attempt: int
-    plan_hash: str
-    facts: Mapping[str, Any]
-    timings: Mapping[str, float]
-    revision: int = 0
-
-
-@dataclass(slots=True)
-class Tally:
-    """The sum of the markers."""
-
-    done: set[int] = field(default_factory=set)
-    rows: int = 0
-    ok: int = 0
-    failed: Counter[str] = field(default_factory=Counter)
-
-    def add(self, marker: Marker) -> None:
-        self.done.add(marker.shard)
-        self.rows += marker.rows
-        self.ok += marker.ok
-        self.failed.update(marker.failed)
 
 
 class Ledger:
@@ -89,6 +55,7 @@ class Ledger:
 
     def revise(self, plan: Plan) -> None:
         """Let this plan stand from now on. Raises InfrastructureError where another driver was faster."""
+        self.store.remove(SUCCESS)
         if not self.store.create_only(self._plan_name(len(self.plans())), plan.to_json()):
             raise InfrastructureError(f"{self.store.uri}: another run has just changed the plan; run again")
 
@@ -97,7 +64,8 @@ class Ledger:
 
         Raises UsageError where the folder holds another plan (and how it differs) or what is not ours.
         """
-        self.check(plan)
+        if self.check(plan) is None:
+            self.store.remove(SUCCESS)  # that of the plans before this one
         self.store.create_only(self._plan_name(0), plan.to_json())
         self.check(plan)  # another driver may have been faster
         return plan
@@ -106,7 +74,8 @@ class Ledger:
         """`begin` without writing: the plan that stands, if any, is this one."""
         standing = self.plan()
         if standing is None:
-            self._refuse_foreign()
+            if self.number == 1:
+                self._refuse_foreign()
         elif lines := standing.differences(plan):
             raise UsageError(
                 f"{self.store.uri} holds another run; what differs (there -> now):\n  "
@@ -126,7 +95,7 @@ class Ledger:
         names = (self._marker_name(shard, highest[shard]) for shard in sorted(highest))
         for data in self.store.read_each(names):
             assert data is not None, "markers are never removed"
-            yield _read_marker(data)
+            yield read_marker(data)
 
     def tally(self) -> Tally:
         total = Tally()
@@ -134,25 +103,26 @@ class Ledger:
             total.add(marker)
         return total
 
-    def roll_forward(self) -> Tally:
+    def roll_forward(self, published: Mapping[str, int] | None = None) -> Tally:
         """Finish every commit that was cut off after its marker; give the sum of all markers.
 
+        `published` is `self.published()`, where it is known.
         Raises UsageError where a published file is gone or has another size and nothing is staged to mend it.
         """
         total = Tally()
-        published = self.published()
+        published = self.published() if published is None else published
         staged = set(self.store.children(STAGING))
         for marker in self.markers():
             total.add(marker)
             whole = all(published.get(place_of(file.name)) == file.bytes for file in marker.files)
-            if not whole or _staging_name(marker.shard, marker.nonce) in staged:
+            if not whole or _staging_name(self.number, marker.shard, marker.nonce) in staged:
                 self._publish(marker)
         self._sweep(total.done)
         return total
 
     def attempts(self) -> Counter[int]:
         """How many attempts at each unfinished shard have left something in staging."""
-        return Counter(int(name.partition(".")[0]) for name in self.store.children(STAGING))
+        return Counter(shard for shard, _ in self._staged())
 
     def commit(self, result: ShardResult, attempt: int, plan: Plan, revision: int = 0) -> Marker:
         """Make a staged shard the one that counts, unless another attempt at it already is.
@@ -166,7 +136,7 @@ class Ledger:
             ok=result.ok,
             failed=dict(result.failed),
             bytes=sum(file.bytes for file in result.files),
-            sha256=_sha256_of(result.files),
+            sha256=sha256_of(result.files),
             files=result.files,
             nonce=result.nonce,
             attempt=attempt,
@@ -183,7 +153,10 @@ class Ledger:
         return marker
 
     def finish(self, plan: Plan) -> Tally:
-        """Check that the markers cover every shard once and add up to the plan, and write SUCCESS.json."""
+        """Check that the markers cover every shard once and add up to the plan; give their sum.
+
+        The last plan of the run writes SUCCESS.json: those before it were finished first.
+        """
         total = self.tally()
         missing = sorted(set(range(plan.shards)) - total.done)
         if missing or len(total.done) != plan.shards or total.rows != plan.rows:
@@ -191,21 +164,31 @@ class Ledger:
                 f"{self.store.uri}: the markers hold {total.rows} of {plan.rows} rows, {len(total.done)} of "
                 f"{plan.shards} shards (missing: {missing[:5]}); run the same command again"
             )
-        summary = {
-            "plan": plan.hash,
-            "shards": plan.shards,
-            "rows": total.rows,
-            "ok": total.ok,
-            "failed": dict(total.failed),
-        }
-        self.store.put(SUCCESS, json.dumps(summary, indent=1).encode())
         self._sweep(total.done)
+        if self.number == (numbers(self.store) or [1])[-1]:
+            self._write_success(plan, total)
         return total
 
+    def _write_success(self, plan: Plan, total: Tally) -> None:
+        plans, sums = [], []
+        for number in range(1, self.number):
+            before = Ledger(self.store, number)
+            plans.append(before.plan())
+            sums.append(before.tally())
+        tally = sum_of([*sums, total])
+        summary = {
+            "plans": [before.hash for before in plans if before is not None] + [plan.hash],
+            "shards": sum(len(part.done) for part in (*sums, total)),
+            "rows": tally.rows,
+            "ok": tally.ok,
+            "failed": dict(tally.failed),
+        }
+        self.store.put(SUCCESS, json.dumps(summary, indent=1).encode())
+
     def succeeded(self) -> bool:
-        """Whether `finish` was reached, for the plan that stands."""
+        """Whether the run's end was reached with the plan that stands."""
         data, plan = self.store.read(SUCCESS), self.plan()
-        return data is not None and plan is not None and json.loads(data)["plan"] == plan.hash
+        return data is not None and plan is not None and plan.hash in json.loads(data)["plans"]
 
     def write_status(self, values: Mapping[str, Any]) -> None:
         self.store.put(STATUS, json.dumps(values, indent=1).encode())
@@ -244,10 +227,10 @@ class Ledger:
 
     def _marker(self, shard: int, revision: int) -> Marker | None:
         data = self.store.read(self._marker_name(shard, revision))
-        return None if data is None else _read_marker(data)
+        return None if data is None else read_marker(data)
 
     def _publish(self, marker: Marker) -> None:
-        staging = f"{STAGING}/{_staging_name(marker.shard, marker.nonce)}"
+        staging = f"{STAGING}/{_staging_name(self.number, marker.shard, marker.nonce)}"
         pairs = [(f"{staging}/{file.name}", place_of(file.name)) for file in marker.files]
         if not self.store.publish(pairs):  # moved before, by us or by another driver
             if self._standing(marker.shard).revision > marker.revision:
@@ -277,9 +260,27 @@ class Ledger:
     def _sweep(self, done: Iterable[int]) -> None:
         """Remove what attempts left in staging for shards that are committed: nobody can want it any more."""
         done = set(done)
-        for name in self.store.children(STAGING):
-            if int(name.partition(".")[0]) in done:
+        for shard, name in self._staged():
+            if shard in done:
                 self.store.remove(f"{STAGING}/{name}")
+
+    def _staged(self) -> Iterator[tuple[int, str]]:
+        """(shard, name) of each folder in staging that belongs to this plan."""
+        for name in self.store.children(STAGING):
+            plan, _, shard = name.partition(".")[0].rpartition("-")
+            if plan == _plan_prefix(self.number).rstrip("-"):
+                yield int(shard), name
+
+
+def numbers(store: Store) -> list[int]:
+    """The numbers of the run's plans, from 1; none where no run is."""
+    found = {name[:4] for name in store.children(f"{OURS}/plans") if PLAN.fullmatch(name)}
+    return sorted(int(number) for number in found)
+
+
+def ledgers(store: Store) -> list[Ledger]:
+    """One ledger a plan of the run, in order."""
+    return [Ledger(store, number) for number in numbers(store)]
 
 
 def place_of(name: str) -> str:
@@ -289,25 +290,16 @@ def place_of(name: str) -> str:
 
 def staging_folder(shard: Shard, nonce: str) -> str:
     """Where an attempt at a shard builds its files, relative to the run folder."""
-    return f"{STAGING}/{_staging_name(shard.index, nonce)}"
-
-
-def _read_marker(data: bytes) -> Marker:
-    values = json.loads(data)
-    return Marker(**{**values, "files": tuple(OutputFile(**file) for file in values["files"])})
+    return f"{STAGING}/{_staging_name(shard.plan, shard.index, nonce)}"
 
 
 def _revised(revision: int) -> str:
     return f".r{revision}" if revision else ""
 
 
-def _staging_name(shard: int, nonce: str) -> str:
-    return f"{shard:05d}.{nonce}"
+def _staging_name(plan: int, shard: int, nonce: str) -> str:
+    return f"{_plan_prefix(plan)}{shard:05d}.{nonce}"
 
 
-def _sha256_of(files: tuple[OutputFile, ...]) -> str:
-    """The file's own hash; of several, the hash of what `sha256sum` would list."""
-    if len(files) == 1:
-        return files[0].sha256
-    listing = "".join(f"{file.sha256}  {file.name}\n" for file in files)
-    return hashlib.sha256(listing.encode()).hexdigest()
+def _plan_prefix(plan: int) -> str:
+    return f"p{plan:04d}-" if plan > 1 else ""

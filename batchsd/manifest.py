@@ -7,7 +7,7 @@ and `shards` cuts each file into runs of rows. `batchsd.reader` reads them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -17,6 +17,7 @@ from batchsd import columns
 from batchsd.find import Disk, Found, find, open_parquet, reading, sha256
 from batchsd.job import Job
 from batchsd.job_errors import suggestion
+from batchsd.plan import cut
 from batchsd.rows import Names, parse_template
 from batchsd.types import Shard, UsageError
 
@@ -32,7 +33,10 @@ NUMBER_COLUMNS = ("seed", "steps", "guidance_scale", "height", "width")
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """One Parquet file. `name` is its path below the manifest's root: it names rows, as `<name>:<row>`."""
+    """One Parquet file, and the rows of it that are to be drawn: `count` from `first` on.
+
+    `name` is its path below the manifest's root: it names rows, as `<name>:<row>`.
+    """
 
     name: str
     path: str
@@ -40,14 +44,21 @@ class InputFile:
     mtime_ns: int
     sha256: str
     row_groups: tuple[int, ...]
+    first: int
+    count: int
 
     @property
     def rows(self) -> int:
+        """All that the footer counts."""
         return sum(self.row_groups)
+
+    def part(self, first: int, count: int) -> InputFile:
+        return replace(self, first=first, count=count)
 
     def facts(self) -> dict[str, Any]:
         """As plain JSON values, for the plan."""
-        return {**asdict(self), "row_groups": list(self.row_groups), "rows": self.rows}
+        facts = {**asdict(self), "row_groups": list(self.row_groups), "rows": self.count}
+        return {name: value for name, value in facts.items() if name != "count"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +71,21 @@ class Manifest:
 
     @property
     def rows(self) -> int:
-        return sum(file.rows for file in self.files)
+        return sum(file.count for file in self.files)
+
+    def head(self, limit: int) -> Manifest:
+        """The first `limit` rows alone."""
+        kept, left = [], limit
+        for file in self.files:
+            if left > 0:
+                kept.append(file.part(file.first, min(file.count, left)))
+                left -= file.count
+        return replace(self, files=tuple(kept))
 
     def shards(self, rows_per_shard: int, repeat: int, plan: int = 1) -> list[Shard]:
-        """Slices of about `rows_per_shard` output rows (`repeat` to a manifest row), none empty.
-
-        A shard never crosses files; the last one of a file may be shorter. Raises UsageError beyond 99,999.
-        """
+        """The rows, cut (see `plan.cut`). Raises UsageError beyond 99,999 shards."""
         count = max(1, rows_per_shard // repeat)
-        total = sum(-(-file.rows // count) for file in self.files)
+        total = sum(-(-file.count // count) for file in self.files)
         if total > MAX_SHARDS:
             # Every file ends with a shorter shard: leave each of them one.
             room = max(1, MAX_SHARDS - len(self.files))
@@ -76,15 +93,36 @@ class Manifest:
                 f"output.rows_per_shard = {rows_per_shard:,} makes {total:,} shards, at most {MAX_SHARDS:,}: "
                 f"use {-(-self.rows // room) * repeat:,} or more"
             )
-        slices = [
-            (number, start, min(count, file.rows - start))
-            for number, file in enumerate(self.files)
-            for start in range(0, file.rows, count)
-        ]
-        return [
-            Shard(plan, index, total, number, start, rows)
-            for index, (number, start, rows) in enumerate(slices)
-        ]
+        return cut([(file.first, file.count) for file in self.files], rows_per_shard, repeat, plan)
+
+
+def divide(
+    manifest: Manifest, planned: Sequence[Sequence[Mapping[str, Any]]]
+) -> tuple[list[Manifest], Manifest | None]:
+    """The parts of the manifest that earlier plans took (each one's files, in its order), and what is new, if any.
+
+    A file that has grown is known up to where it was planned; its further rows are new. Raises UsageError where
+    a planned file is no more.
+    """
+    now = {file.name: file for file in manifest.files}
+    ends: dict[str, int] = {}
+    parts = []
+    for files in planned:
+        slices = []
+        for before in files:
+            file, first = now.get(before["name"]), before.get("first", 0)
+            if file is None:
+                raise UsageError(
+                    f"the manifest's file {before['name']} is gone; pictures of it are in the output: put it back, or "
+                    "give another output.uri (--new names one) to draw what is left"
+                )
+            slices.append(file.part(first, min(before["rows"], max(0, file.rows - first))))
+            ends[file.name] = max(ends.get(file.name, 0), first + before["rows"])
+        parts.append(replace(manifest, files=tuple(slices)))
+    new = [file.part(ends.get(file.name, 0), file.rows - ends.get(file.name, 0)) for file in manifest.files]
+    if planned:
+        new = [file for file in new if file.count > 0]
+    return parts, replace(manifest, files=tuple(new)) if new else None
 
 
 Known = Mapping[tuple[str, int, int], str]
@@ -113,7 +151,8 @@ def open_manifest(job: Job, known: Known | None = None, names: Names | None = No
         digest = (known or {}).get((file.name, file.size, file.mtime_ns)) or sha256(
             disk, file.path, file.path
         )
-        files.append(InputFile(file.name, file.path, file.size, file.mtime_ns, digest, groups))
+        seen = (file.name, file.path, file.size, file.mtime_ns)
+        files.append(InputFile(*seen, digest, groups, first=0, count=sum(groups)))
     return Manifest(disk, tuple(files), schema)
 
 

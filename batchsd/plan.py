@@ -1,21 +1,28 @@
-"""What a run is to make, fixed before the first row is drawn, and compared whenever it goes on."""
+"""What a run is to make, fixed before the first row is drawn, and compared whenever it goes on.
+
+A run has one plan; a manifest that grows adds plans 2, 3, ... for its new files and rows, each with shards of
+its own. A plan whose rows are edited is revised.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
+
+from batchsd.types import Shard
 
 
 @dataclass(frozen=True)
 class Plan:
     """`hard` facts change pixels: another value is another run. `soft` ones move them by rounding at most.
 
-    `files` are the manifest's, in order: name, size, sha256, rows. `rows` and `rows_per_shard` count output
-    rows; `schema` is the output's, column -> Arrow type.
+    `files` are the manifest's, in order: name, size, sha256, and the slice of their rows that this plan draws
+    (`first`, `rows`). `rows` and `rows_per_shard` count output rows; `schema` is the output's, column -> Arrow
+    type. `limit` is that of a run of the manifest's first rows only.
     """
 
     number: int
@@ -29,11 +36,12 @@ class Plan:
     sink: str
     schema: Mapping[str, str]
     job: Mapping[str, Any] = field(default_factory=dict)
+    limit: int | None = None
 
     def identity(self) -> dict[str, Any]:
         """All that a resumed run must agree on, by dotted name."""
         facts: dict[str, Any] = {
-            f"input file {f['name']}": f"{f['rows']} rows, sha256 {f['sha256']}" for f in self.files
+            f"input file {f['name']}": f"{_rows(f)}, sha256 {f['sha256']}" for f in self.files
         }
         facts |= {f"output column {name}": kind for name, kind in self.schema.items()}
         facts["input files"] = [f["name"] for f in self.files]
@@ -63,8 +71,33 @@ class Plan:
 def from_json(data: bytes) -> Plan:
     """A plan from its file; keys that this version does not know are left out."""
     values = json.loads(data)
-    kept = {f.name: values[f.name] for f in fields(Plan)}
+    kept = {f.name: values[f.name] for f in fields(Plan) if f.name in values}
     return Plan(**{**kept, "files": tuple(kept["files"])})
+
+
+def shards_of(plan: Plan) -> list[Shard]:
+    """The shards of a plan, from itself alone."""
+    slices = [(file.get("first", 0), file["rows"]) for file in plan.files]
+    return cut(slices, plan.rows_per_shard, plan.repeat, plan.number)
+
+
+def cut(slices: Sequence[tuple[int, int]], rows_per_shard: int, repeat: int, plan: int) -> list[Shard]:
+    """Shards of about `rows_per_shard` output rows, `repeat` to a manifest row, none empty.
+
+    `slices` are (first row, rows) of each file. A shard never crosses files; the last of a file may be shorter.
+    """
+    count = max(1, rows_per_shard // repeat)
+    pieces = [
+        (number, start, min(count, first + rows - start))
+        for number, (first, rows) in enumerate(slices)
+        for start in range(first, first + rows, count)
+    ]
+    return [Shard(plan, index, len(pieces), *piece) for index, piece in enumerate(pieces)]
+
+
+def _rows(file: Mapping[str, Any]) -> str:
+    first = file.get("first", 0)
+    return f"rows {first} to {first + file['rows'] - 1}" if first else f"{file['rows']} rows"
 
 
 def _json(value: Any) -> bytes:

@@ -5,16 +5,17 @@ job -> plugins, manifest, checkpoint hash -> shards -> Plan, and the Recipe of w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from batchsd import __version__, plugins
 from batchsd.columns import output_schema
 from batchsd.job import Job, check_names, model_extras, model_options, model_path, pixel_settings
-from batchsd.ledger import Ledger
-from batchsd.manifest import MAX_SHARDS, open_manifest
+from batchsd.ledger import Ledger, ledgers
+from batchsd.manifest import MAX_SHARDS, Manifest, divide, open_manifest
 from batchsd.model.fingerprint import checkpoint_hash
 from batchsd.pinned import pinned_facts
 from batchsd.plan import Plan
@@ -30,7 +31,7 @@ SHARD_ROWS = 256  # 1 to 5 minutes at 1 to 4 pictures a second; files of about 1
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked job, ready to run. `recipe` pickles and builds a worker.
+    """One plan of a checked job, ready to run. `recipe` pickles and builds a worker.
 
     `warnings` are lines for people, and so is what was `recognised` of the checkpoint.
     """
@@ -49,41 +50,67 @@ class Prepared:
         return limit if isinstance(limit, int) else limit * self.plan.rows
 
 
-def prepare(job: Job, workers: int, gpu: bool, limit: int | None = None) -> Prepared:
+def prepare(job: Job, workers: int, gpu: bool, limit: int | None = None) -> list[Prepared]:
     """Check the job whole and plan it, without writing anything.
+
+    One `Prepared` for each plan that stands in the output folder, of the same files as they are now; then one for
+    what the manifest has besides: all of it in a fresh folder, later its new files and rows (`manifest.divide`).
 
     `workers` and `gpu` say what it will run on: small jobs are cut finely enough for all workers, and the
     dtype "auto" becomes one dtype for the whole run. `limit` takes the manifest's first rows only. Where the
-    job says "auto", a plan that stands in the output folder keeps its rows a shard.
+    job says "auto", a plan that stands keeps its rows a shard.
     """
-    from batchsd.model.inspect import recognised
-
     registry = plugins.build(job.plugins, Path())
     check_registered(job, registry)
-    ledger = Ledger(open_store(output_uri(job, limit)))
-    standing = ledger.plan()
-    files = standing.files if standing else ()
-    known = {(f["name"], f["size"], f["mtime_ns"]): f["sha256"] for f in files}
+    store = open_store(job.output.uri)
+    standing = [plan for ledger in ledgers(store) if (plan := ledger.plan())]
+    known = {(f["name"], f["size"], f["mtime_ns"]): f["sha256"] for plan in standing for f in plan.files}
     manifest = open_manifest(job, known, names_of(registry))
     if job.run.strict:
         refuse_bad_rows(scan(manifest, job, names_of(registry)))
-    rows_per_shard = job.output.rows_per_shard
-    if rows_per_shard == "auto":
-        rows = min(manifest.rows, limit or manifest.rows)
-        measured = auto_rows(rows, job.input.repeat, len(manifest.files), workers)
-        rows_per_shard = standing.rows_per_shard if standing else measured
-    shards = first_rows(manifest.shards(rows_per_shard, job.input.repeat), limit)
-    path = model_path(job)
-    checkpoint = checkpoint_hash(path, model_extras(job))
-    options = model_options(job)
-    told = recognised(path, options["vae"], options["ema"])
-    dtype = pinned_dtype(job, gpu)
-    packed = registry.sources[1:]  # the first is batchsd itself
-    facts = {"model": f"{path.name}@{checkpoint[:12]}", "checkpoint": checkpoint, "version": __version__}
-    columns = output_schema(manifest.schema, job, facts)
-    plan = Plan(
-        number=1,
-        hard={
+    parts, rest = divide(manifest, [plan.files for plan in standing])
+    if limit is not None:
+        rest = None if rest is None or standing else rest.head(limit)
+    if rest is not None:
+        if standing:
+            refuse_other_columns(manifest, rest, standing[0], job)
+        parts.append(rest)
+    draft = Draft.of(job, registry, gpu, limit)
+    found = []
+    for number, part in enumerate(parts, start=1):
+        before = standing[number - 1] if number <= len(standing) else None
+        rows_per_shard = job.output.rows_per_shard
+        if rows_per_shard == "auto":
+            measured = auto_rows(part.rows, job.input.repeat, len(part.files), workers)
+            rows_per_shard = before.rows_per_shard if before else measured
+        found.append(draft.prepared(part, Ledger(store, number), rows_per_shard, before))
+    return found
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What all plans of a job have in common."""
+
+    job: Job
+    registry: Registry
+    checkpoint: str
+    dtype: str
+    hard: Mapping[str, Any]
+    soft: Mapping[str, Any]
+    limit: int | None
+    gpu: bool
+    recognised: tuple[str, ...]
+
+    @classmethod
+    def of(cls, job: Job, registry: Registry, gpu: bool, limit: int | None) -> Draft:
+        from batchsd.model.inspect import recognised
+
+        path, options = model_path(job), model_options(job)
+        checkpoint = checkpoint_hash(path, model_extras(job))
+        told = recognised(path, options["vae"], options["ema"])
+        dtype = pinned_dtype(job, gpu)
+        packed = registry.sources[1:]  # the first is batchsd itself
+        hard = {
             **pixel_settings(job),
             "checkpoint": checkpoint,
             "model.dtype": dtype,
@@ -91,26 +118,41 @@ def prepare(job: Job, workers: int, gpu: bool, limit: int | None = None) -> Prep
             "output.failed": job.output.failed,
             **pinned_facts(job, gpu),
             **{f"plugin {source.name}": source.sha256 or source.version for source in packed},
-        },
-        soft={
+        }
+        soft = {
             **versions(),
             "backend": job.model.backend,
             "batch_size": job.run.batch_size,
             "gpu": gpu,
             "model": list(told),
-        },
-        files=tuple(file.facts() for file in manifest.files),
-        rows=sum(shard.count for shard in shards) * job.input.repeat,
-        rows_per_shard=rows_per_shard,
-        repeat=job.input.repeat,
-        shards=len(shards),
-        sink=job.output.sink,
-        schema={field.name: str(field.type) for field in columns},
-        job=job.resolved(),
-    )
-    schema = output_schema(manifest.schema, job, {**facts, "plan": plan.hash})
-    recipe = Recipe(job, manifest, packed, schema, checkpoint, dtype, ledger.store.uri)
-    return Prepared(plan, shards, ledger, recipe, (*soft_differences(standing, plan), *slow_types(dtype, gpu)), told)
+        }
+        return cls(job, registry, checkpoint, dtype, hard, soft, limit, gpu, told)
+
+    def prepared(self, manifest: Manifest, ledger: Ledger, rows_per_shard: int, standing: Plan | None) -> Prepared:
+        """The plan of one part of the manifest; `standing` is that part's, as it was planned before."""
+        job = self.job
+        shards = manifest.shards(rows_per_shard, job.input.repeat, ledger.number)
+        model = f"{model_path(job).name}@{self.checkpoint[:12]}"
+        facts = {"model": model, "checkpoint": self.checkpoint, "version": __version__}
+        plan = Plan(
+            number=ledger.number,
+            hard=self.hard,
+            soft=self.soft,
+            files=tuple(file.facts() for file in manifest.files),
+            rows=manifest.rows * job.input.repeat,
+            rows_per_shard=rows_per_shard,
+            repeat=job.input.repeat,
+            shards=len(shards),
+            sink=job.output.sink,
+            schema={field.name: str(field.type) for field in output_schema(manifest.schema, job, facts)},
+            job=job.resolved(),
+            limit=self.limit,
+        )
+        schema = output_schema(manifest.schema, job, {**facts, "plan": plan.hash})
+        packed = self.registry.sources[1:]
+        recipe = Recipe(job, manifest, packed, schema, self.checkpoint, self.dtype, ledger.store.uri)
+        warnings = (*soft_differences(standing, plan), *slow_types(self.dtype, self.gpu))
+        return Prepared(plan, shards, ledger, recipe, warnings, self.recognised)
 
 
 def slow_types(dtype: str, gpu: bool) -> tuple[str, ...]:
@@ -120,9 +162,17 @@ def slow_types(dtype: str, gpu: bool) -> tuple[str, ...]:
     return (f"model.dtype {dtype} on a CPU is 25 to 120 times slower than float32 there; leave it at 'auto'",)
 
 
-def output_uri(job: Job, limit: int | None) -> str:
-    """Where the run goes: a limited one beside the whole one, never into it."""
-    return job.output.uri if limit is None else f"{job.output.uri.rstrip('/')}-limit-{limit}"
+def refuse_other_columns(manifest: Manifest, rest: Manifest, standing: Plan, job: Job) -> None:
+    """New files may not change the columns of the pictures that are there: readers take one schema a folder."""
+    schema = {field.name: str(field.type) for field in output_schema(manifest.schema, job, {})}
+    changed = [name for name, kind in schema.items() if standing.schema.get(name) != kind]
+    if changed:
+        names = ", ".join(file.name for file in rest.files[:3]) + (", ..." if len(rest.files) > 3 else "")
+        raise UsageError(
+            f"{job.where('input.manifest')}: with its new files ({names}) the output's column {changed[0]!r} is "
+            f"{schema[changed[0]]}; in the pictures that are there it is {standing.schema.get(changed[0], 'absent')}; "
+            "write new files with the old columns, or draw all into another folder with --new"
+        )
 
 
 def check_registered(job: Job, registry: Registry) -> None:
@@ -142,19 +192,6 @@ def auto_rows(rows: int, repeat: int, files: int, workers: int) -> int:
     wanted = min(SHARD_ROWS, rows * repeat // (2 * workers)) // repeat
     least = -(-rows // max(1, MAX_SHARDS - files))  # each file may end with a shorter shard
     return max(1, wanted, least) * repeat
-
-
-def first_rows(shards: list[Shard], limit: int | None) -> list[Shard]:
-    """The shards of the manifest's first `limit` rows, numbered as a plan of their own."""
-    if limit is None:
-        return shards
-    kept, left = [], limit
-    for shard in shards:
-        if left <= 0:
-            break
-        kept.append(replace(shard, count=min(shard.count, left)))
-        left -= shard.count
-    return [replace(shard, total=len(kept)) for shard in kept]
 
 
 def pinned_dtype(job: Job, gpu: bool) -> str:

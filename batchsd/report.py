@@ -16,6 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from batchsd.marker import sum_of
 from batchsd.redact import redact
 from batchsd.reread import open_run, records, schema_of, shards
 from batchsd.store import Store, open_store
@@ -90,24 +91,29 @@ def write_report(run: str, target: Store, file: str) -> tuple[int, int]:
     """
     import jinja2
 
-    plan, ledger = open_run(run)
+    plan, plans = open_run(run)
     written = shards(run)
     metadata = json.loads(schema_of(run).metadata[b"batchsd"])
     figures, sheets = gather((record for shard in written for record in records(shard)), plan.hash)
     shown = [(title, sample.seen, sample.tiles()) for title, sample in sheets]
-    total = ledger.tally()
+    everything = [standing for ledger in plans if (standing := ledger.plan())]
+    files = [file for standing in everything for file in standing.files]
+    total = sum_of(ledger.tally() for ledger in plans)
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template)
     text = page.render(
         name=open_store(run).uri.rpartition("/")[2],
         plan=plan,
         total=total,
+        rows=sum(standing.rows for standing in everything),
+        shards=sum(standing.shards for standing in everything),
+        done=len(written),
         figures=figures,
         histograms=[(name, histogram(values)) for name, values in figures.numbers.items()],
         sheets=shown,
         model=metadata.get("model"),
         job=json.dumps(redact(dict(plan.job)), indent=1),
-        facts=json.dumps({"hard": plan.hard, "soft": plan.soft, "input": plan.files}, indent=1),
+        facts=json.dumps({"hard": plan.hard, "soft": plan.soft, "input": files}, indent=1),
     )
     data = text.encode("utf-8", errors="replace")
     target.put(file, data)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchsd.columns import MANIFEST, OURS, picture_column, row_index
-from batchsd.ledger import Ledger, place_of
+from batchsd.ledger import Ledger, ledgers, place_of
 from batchsd.plan import Plan
 from batchsd.store import Store, open_store
 from batchsd.types import Record, Request, UsageError
@@ -34,24 +34,24 @@ class WrittenShard:
     files: tuple[str, ...]
 
 
-def open_run(run: str) -> tuple[Plan, Ledger]:
-    """The plan and ledger of a run whose layout is Parquet. Raises UsageError where there is none."""
-    ledger = Ledger(open_store(run))
-    plan = ledger.plan()
+def open_run(run: str) -> tuple[Plan, list[Ledger]]:
+    """The newest plan, and the ledgers of all, of a run whose layout is Parquet. Raises UsageError for others."""
+    found = ledgers(open_store(run))
+    plan = found[-1].plan() if found else None
     if plan is None:
         raise UsageError(f"{run}: no run of batchsd is here (no plan)")
     if plan.sink != "parquet":
         raise UsageError(f"{run}: its layout is {plan.sink!r}; reports and exports are made from parquet runs")
-    return plan, ledger
+    return plan, found
 
 
 def shards(run: str) -> list[WrittenShard]:
     """The committed shards, in order. Raises UsageError where there is none."""
-    _, ledger = open_run(run)
+    _, plans = open_run(run)
     found = []
-    for marker in ledger.markers():
+    for marker in (marker for ledger in plans for marker in ledger.markers()):
         files = sorted((place_of(file.name) for file in marker.files), key=lambda name: name.startswith("failed/"))
-        found.append(WrittenShard(ledger.store, PurePosixPath(files[0]).stem, marker.rows, tuple(files)))
+        found.append(WrittenShard(plans[0].store, PurePosixPath(files[0]).stem, marker.rows, tuple(files)))
     if not found:
         raise UsageError(f"{run}: no shard is done yet; run the job first")
     return found

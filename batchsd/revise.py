@@ -7,14 +7,15 @@ insertions, deletions and reordering would move every row that follows, and are 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
 from batchsd.columns import json_value, manifest_column
 from batchsd.job import Job
-from batchsd.ledger import Ledger, Tally
+from batchsd.ledger import Ledger, ledgers
+from batchsd.marker import Tally
 from batchsd.plan import Plan
 from batchsd.prepare import Prepared, prepare
 from batchsd.published import Row, reread
@@ -24,47 +25,71 @@ from batchsd.types import Request, UsageError
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
-    """What the shards that stand add up to; and those to be built anew, with the numbers of their markers."""
+    """A plan that begins or goes on: what the shards that stand add up to; and those to be built anew.
 
+    `revisions` has the numbers of the markers that these get.
+    """
+
+    prepared: Prepared
     tally: Tally
     revisions: dict[int, int]
 
-
-def begin_run(prepared: Prepared) -> Beginning:
-    """Go on where the run stopped, an unfinished update included."""
-    ledger = prepared.ledger
-    ledger.begin(prepared.plan)
-    tally = ledger.roll_forward()
-    if len(ledger.plans()) == 1 or ledger.succeeded():
-        return Beginning(tally, {})
-    return _without(prepared, edited(prepared))
+    @property
+    def complete(self) -> bool:
+        return len(self.tally.done) == self.prepared.plan.shards
 
 
-def begin_update(prepared: Prepared) -> Beginning:
+def begin_run(parts: Sequence[Prepared]) -> list[Beginning]:
+    """Go on where the run stopped, an unfinished update included; new files and rows become a new plan."""
+    for part in parts:
+        part.ledger.check(part.plan)  # all of them, before anything is written
+    published = parts[0].ledger.published()
+    begun = []
+    for part in parts:
+        unfinished = _unfinished_update(part.ledger)
+        part.ledger.begin(part.plan)
+        tally = part.ledger.roll_forward(published)
+        begun.append(_without(part, edited(part)) if unfinished else Beginning(part, tally, {}))
+    return begun
+
+
+def begin_update(parts: Sequence[Prepared]) -> list[Beginning]:
     """Let the manifest as it is now stand, row for row. Raises UsageError where it is not only edited."""
-    standing = prepared.ledger.plan()
-    if standing is not None and standing.hash != prepared.plan.hash:
-        check_editable(standing, prepared.plan)
-        prepared.ledger.roll_forward()
-        edited(prepared)  # refuses rows that moved, before anything is written
-        prepared.ledger.revise(prepared.plan)
-    return begin_run(prepared)
+    changed = []
+    for part in parts:
+        standing = part.ledger.plan()
+        if standing is not None and standing.hash != part.plan.hash:
+            check_editable(standing, part.plan)
+            part.ledger.roll_forward()
+            edited(part)  # refuses rows that moved, before anything is written
+            changed.append(part)
+    for part in changed:
+        part.ledger.revise(part.plan)
+    return begin_run(parts)
 
 
-def begin_retry(prepared: Prepared) -> Beginning:
-    """Draw again what failed."""
-    begin_run(prepared)
-    return _without(prepared, {marker.shard for marker in prepared.ledger.markers() if marker.failed})
+def begin_retry(parts: Sequence[Prepared]) -> list[Beginning]:
+    """Draw again what failed; files and rows that the manifest got since stay for the next run."""
+    begun = begin_run([part for part in parts if part.ledger.plan() is not None])
+    for i, beginning in enumerate(begun):
+        failed = {marker.shard for marker in beginning.prepared.ledger.markers() if marker.failed}
+        if failed:
+            begun[i] = _without(beginning.prepared, failed | set(beginning.revisions))
+    return begun
 
 
-def _without(prepared: Prepared, touched: set[int]) -> Beginning:
+def _unfinished_update(ledger: Ledger) -> bool:
+    return len(ledger.plans()) > 1 and not ledger.succeeded()
+
+
+def _without(part: Prepared, touched: set[int]) -> Beginning:
     tally, revisions = Tally(), {}
-    for marker in prepared.ledger.markers():
+    for marker in part.ledger.markers():
         if marker.shard in touched:
             revisions[marker.shard] = marker.revision + 1
         else:
             tally.add(marker)
-    return Beginning(tally, revisions)
+    return Beginning(part, tally, revisions)
 
 
 def check_editable(standing: Plan, plan: Plan) -> None:
@@ -75,7 +100,7 @@ def check_editable(standing: Plan, plan: Plan) -> None:
         if rows is not None and rows != file["rows"]:
             raise UsageError(
                 f"--update: {file['name']} had {file['rows']} rows when this run began, now {rows}; rows may be "
-                "edited in place, not inserted or deleted; --new draws the whole manifest into another folder"
+                "edited in place and appended, not inserted or deleted; --new draws all into another folder"
             )
     same = tuple(f"input file {name}: " for name in now)
     others = [line for line in standing.differences(plan) if not line.startswith(same)]
@@ -163,23 +188,25 @@ class Moves:
             )
 
 
+def limited(job: Job, limit: int | None) -> Job:
+    """The job with the output folder of its first rows: beside the whole run's, never into it."""
+    return job if limit is None else replace_uri(job, f"{job.output.uri.rstrip('/')}-limit-{limit}")
+
+
 def beside(job: Job, limit: int | None) -> Job:
     """The job with an output folder of its own, `<uri>-<plan>`, named after what it draws."""
     elsewhere = replace_uri(job, f"{job.output.uri.rstrip('/')}-new")  # where no plan stands to agree with
-    return replace_uri(job, f"{job.output.uri.rstrip('/')}-{prepare(elsewhere, 1, False, limit).plan.hash[:8]}")
+    (fresh,) = prepare(elsewhere, 1, False, limit)
+    return replace_uri(job, f"{job.output.uri.rstrip('/')}-{fresh.plan.hash[:8]}")
 
 
 def job_of_run(uri: str) -> tuple[Job, int | None]:
     """The job that made a run folder, which may have moved since, and its `--limit`. Raises UsageError."""
-    plan = Ledger(open_store(uri)).plan()
+    found = ledgers(open_store(uri))
+    plan = found[-1].plan() if found else None
     if plan is None:
         raise UsageError(f"{uri}: no run of batchsd is here (no plan)")
-    job = replace_uri(Job.model_validate_json(json.dumps(plan.job)), uri)
-    rows = sum(file["rows"] for file in plan.files)
-    if plan.rows == rows * plan.repeat:
-        return job, None
-    limit = plan.rows // plan.repeat
-    return replace_uri(job, uri.rstrip("/").removesuffix(f"-limit-{limit}")), limit
+    return replace_uri(Job.model_validate_json(json.dumps(plan.job)), uri), plan.limit
 
 
 def replace_uri(job: Job, uri: str) -> Job:

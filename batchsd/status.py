@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from batchsd.ledger import Ledger
+from batchsd.ledger import ledgers
 from batchsd.lock import gone, read_lock
+from batchsd.marker import sum_of
 from batchsd.store import open_store
 from batchsd.types import UsageError
 
@@ -19,13 +20,15 @@ def read_status(uri: str) -> dict[str, Any]:
     `state` is `running`, `stopped`, `failed`, `done`, or `dead since ...` where the driver is no more, or
     neither it nor its lock's heartbeat was heard of for `SILENT` seconds.
     """
-    ledger = Ledger(open_store(uri))
-    plan = ledger.plan()
-    if plan is None:
+    store = open_store(uri)
+    found = [(ledger, plan) for ledger in ledgers(store) if (plan := ledger.plan())]
+    if not found:
         raise UsageError(f"{uri}: no run of batchsd is here (no plan)")
-    tally, said = ledger.tally(), ledger.status() or {}
+    first, rows = found[0][0], sum(plan.rows for _, plan in found)
+    tallies, said = [ledger.tally() for ledger, _ in found], first.status() or {}
+    tally = sum_of(tallies)
     state, updated = said.get("state", "planned"), said.get("updated", 0.0)
-    holder = read_lock(ledger.store)
+    holder = read_lock(store)
     heard = max(updated, holder["at"] if holder else 0.0)
     if state == "running" and (time.time() - heard > SILENT or (holder and gone(holder))):
         state = f"dead since {time.strftime('%Y-%m-%d %H:%M', time.localtime(heard))}, run it again"
@@ -34,15 +37,15 @@ def read_status(uri: str) -> dict[str, Any]:
         "state": state,
         "reason": said.get("reason", ""),
         "exit_code": said.get("exit_code"),
-        "rows": plan.rows,
+        "rows": rows,
         "done": tally.rows,
         "ok": tally.ok,
         "failed": dict(tally.failed),
-        "left": plan.rows - tally.rows,
-        "shards": plan.shards,
-        "shards_done": len(tally.done),
+        "left": rows - tally.rows,
+        "shards": sum(plan.shards for _, plan in found),
+        "shards_done": sum(len(tally.done) for tally in tallies),
         "pictures_per_second": rate,
-        "seconds_left": (plan.rows - tally.rows) / rate if rate else None,
+        "seconds_left": (rows - tally.rows) / rate if rate else None,
         "updated": updated,
-        "plan": plan.hash,
+        "plans": [plan.hash for _, plan in found],
     }

@@ -2,36 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from batchsd.card import write_card
-from batchsd.ledger import DATA, Marker, Tally, place_of
+from batchsd.ledger import DATA, place_of
+from batchsd.marker import Marker, Tally, sum_of
 from batchsd.prepare import Prepared
 from batchsd.progress import duration, failures
 
+if TYPE_CHECKING:
+    from batchsd.revise import Beginning
 
-def plan_lines(prepared: Prepared, where: str) -> list[str]:
+
+def plan_lines(parts: Sequence[Prepared], where: str, update: bool = False) -> list[str]:
     """What `run` would make, and how far that is. Raises UsageError where the folder holds something else."""
-    plan, ledger = prepared.plan, prepared.ledger
-    standing = ledger.check(plan)
-    tally = ledger.tally()
-    if standing is None:
-        state = "new"
-    elif len(tally.done) == plan.shards:
-        state = f"complete ({counts(tally)}): nothing to do"
-    else:
+    states = []
+    for part in parts:
+        plan, ledger = part.plan, part.ledger
+        standing = ledger.plan()
+        edited = update and standing is not None and standing.hash != plan.hash
+        if not edited:
+            ledger.check(plan)
+        tally = ledger.tally()
         state = f"{len(tally.done):,} of {plan.shards:,} shards done ({counts(tally)})"
-    rows, model = prepared.recipe.manifest.rows, prepared.recipe.job.model.path
-    files = f"{len(plan.files)} file{'s' if len(plan.files) > 1 else ''}"
+        if standing is None:
+            state = "new" if plan.number == 1 else "new files or rows of the manifest, to be drawn besides"
+        elif len(tally.done) == plan.shards:
+            state = f"complete ({counts(tally)}): nothing to do"
+        if edited:
+            state = f"{state.partition(':')[0]}; the manifest was edited: --update redraws the rows that differ"
+        states.append(f"plan {plan.number}: {plan.rows:,} pictures in {plan.shards:,} shards, {state}")
+    plan, recipe = parts[-1].plan, parts[-1].recipe
+    files = len({file.name for part in parts for file in part.recipe.manifest.files})
+    rows, pictures = sum(part.recipe.manifest.rows for part in parts), sum(part.plan.rows for part in parts)
     return [
-        f"input   {files}, {rows:,} rows, {plan.repeat} picture{'s' if plan.repeat > 1 else ''} a row",
-        f"model   {model} ({plan.hard['checkpoint'][:12]}), {plan.hard['model.dtype']}",
-        f"output  {shown(ledger.store.uri)}: {plan.rows:,} pictures in {plan.shards:,} shards of at most "
-        f"{plan.rows_per_shard:,}, {plan.sink}",
+        f"input   {files} file{'s' if files > 1 else ''}, {rows:,} rows, "
+        f"{plan.repeat} picture{'s' if plan.repeat > 1 else ''} a row",
+        f"model   {recipe.job.model.path} ({plan.hard['checkpoint'][:12]}), {plan.hard['model.dtype']}",
+        f"output  {shown(recipe.uri)}: {pictures:,} pictures in {sum(part.plan.shards for part in parts):,} shards "
+        f"of at most {max(part.plan.rows_per_shard for part in parts):,}, {plan.sink}",
         f"where   {where}",
-        f"state   {state}",
+        *(f"state   {state}" for state in states),
     ]
+
+
+def to_do(begun: Sequence[Beginning]) -> str:
+    """`48 pictures in 6 shards, 16 are done, 2 shards are built anew`."""
+    plans = [beginning.prepared.plan for beginning in begun]
+    parts = [f"{sum(plan.rows for plan in plans):,} pictures in {sum(plan.shards for plan in plans):,} shards"]
+    if rows := sum(beginning.tally.rows for beginning in begun):
+        parts.append(f"{rows:,} are done")
+    if anew := sum(len(beginning.revisions) for beginning in begun):
+        parts.append(f"{anew:,} shards are built anew")
+    if fresh := [plan.rows for plan, part in zip(plans, begun, strict=True) if plan.number > 1 and not part.tally.rows]:
+        parts.append(f"{sum(fresh):,} are new in the manifest")
+    return ", ".join(parts)
 
 
 def counts(tally: Tally) -> str:
@@ -39,16 +66,32 @@ def counts(tally: Tally) -> str:
     return f"{tally.ok:,} pictures, {failures(tally.failed)}"
 
 
-def made(prepared: Prepared, total: Tally, seconds: float) -> str:
+def complete(begun: Sequence[Beginning]) -> str:
+    """The line where there is nothing to draw. Raises TooManyFailed where more failed than the job now allows."""
+    from batchsd.drive import check_failed
+
+    last = begun[-1].prepared
+    if not all(beginning.prepared.ledger.succeeded() for beginning in begun):
+        last.ledger.finish(last.plan)
+    for beginning in begun:
+        check_failed(beginning.tally, beginning.prepared.max_failed)
+    total = sum_of(beginning.tally for beginning in begun)
+    write_card(last.ledger.store, last.plan, total, last.recipe.schema)
+    return f"nothing to do: {shown(last.ledger.store.uri)} is complete ({counts(total)})"
+
+
+def made(begun: Sequence[Beginning], total: Tally, seconds: float) -> str:
     """The last line: what was made, where, and how to open it. Writes the dataset's card and the contact sheet."""
-    store = prepared.ledger.store
-    write_card(store, prepared.plan, total, prepared.recipe.schema)
+    last = begun[-1].prepared
+    store = last.ledger.store
+    write_card(store, last.plan, total, last.recipe.schema)
     parts = f"{counts(total)} in {duration(seconds)} -> {shown(store.uri)}"
-    if prepared.plan.sink != "parquet" or not total.ok:
+    if last.plan.sink != "parquet" or not total.ok:
         return parts
     from batchsd.contact import CONTACT, write_contact_sheet
 
-    tables = [table for marker in prepared.ledger.markers() for table in _table(marker)]
+    markers = (marker for beginning in begun for marker in beginning.prepared.ledger.markers())
+    tables = [table for marker in markers for table in _table(marker)]
     write_contact_sheet(store, tables)
     return f"{parts} ({loading(store.uri)}); contact sheet: {shown(f'{store.uri}/{CONTACT}')}"
 

@@ -16,7 +16,8 @@ from pathlib import PurePosixPath
 from typing import BinaryIO
 
 from batchsd.columns import OURS
-from batchsd.ledger import Ledger, Marker, place_of
+from batchsd.ledger import Ledger, ledgers, place_of
+from batchsd.marker import Marker
 from batchsd.store import Store, open_store
 from batchsd.types import InfrastructureError, OutputFile, UsageError
 
@@ -47,14 +48,35 @@ def verify(uri: str, found: Callable[[str], None], looked: Callable[[Verdict], N
 
     Raises UsageError where there is no run, InfrastructureError where the storage fails.
     """
-    ledger = Ledger(open_store(uri))
-    plan = ledger.plan()
-    if plan is None:
+    store = open_store(uri)
+    plans = ledgers(store)
+    if not plans:
         raise UsageError(f"{uri}: no run of batchsd is here (no plan)")
-    verdict, named, shards = Verdict(), set[str](), set[int]()
-    published, workers = ledger.published(), ThreadPoolExecutor(AT_ONCE)
+    verdict, named, published = Verdict(), set[str](), plans[0].published()
+    with ThreadPoolExecutor(AT_ONCE) as workers:
+        for ledger in plans:
+            _verify_plan(ledger, published, named, verdict, workers, found, looked)
+    for name in sorted(published.keys() - named):
+        found(f"{name}: no marker names it")
+    return verdict
+
+
+def _verify_plan(
+    ledger: Ledger,
+    published: Mapping[str, int],
+    named: set[str],
+    verdict: Verdict,
+    workers: ThreadPoolExecutor,
+    found: Callable[[str], None],
+    looked: Callable[[Verdict], None],
+) -> None:
+    """All shards of one plan of the run; `named` gets the files that its markers name."""
+    plan, shards, rows = ledger.plan(), set[int](), 0
+    assert plan is not None, ledger.number
     for marker in ledger.markers():
         shards.add(marker.shard)
+        rows += marker.rows
+        name = f"shard {marker.shard}" + (f" of plan {plan.number}" if plan.number > 1 else "")
         for fault in (*marker_faults(marker), *_unlike(marker, published, named)):
             found(fault)
         seen = Seen()
@@ -63,20 +85,18 @@ def verify(uri: str, found: Callable[[str], None], looked: Callable[[Verdict], N
             for fault in one.faults:
                 found(fault)
         if seen.pictures != marker.ok:
-            found(f"shard {marker.shard}: {seen.pictures} pictures are whole, its marker says {marker.ok}")
+            found(f"{name}: {seen.pictures} pictures are whole, its marker says {marker.ok}")
         if plan.sink in BUILT_IN and seen.rows != marker.rows:
-            found(f"shard {marker.shard}: its files hold {seen.rows} rows, its marker says {marker.rows}")
+            found(f"{name}: its files hold {seen.rows} rows, its marker says {marker.rows}")
         named |= {place_of(file.name) for file in marker.files}
         verdict.add(marker, seen.pictures)
         looked(verdict)
-    for name in sorted(published.keys() - named):
-        found(f"{name}: no marker names it")
     if shards - set(range(plan.shards)):
         found(f"{len(shards - set(range(plan.shards)))} markers of shards that the plan has not")
-    verdict.missing = plan.shards - len(shards)
-    if not verdict.missing and verdict.rows != plan.rows:
-        found(f"the markers hold {verdict.rows} rows, the plan {plan.rows}")
-    return verdict
+    missing = plan.shards - len(shards)
+    verdict.missing += missing
+    if not missing and rows != plan.rows:
+        found(f"the markers hold {rows} rows, the plan {plan.rows}")
 
 
 def _present(marker: Marker, published: Mapping[str, int]) -> list[OutputFile]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,8 @@ from PIL import Image
 from batchsd import plugins
 from batchsd.drive import Stop, drive
 from batchsd.job import Job, load
-from batchsd.ledger import Ledger, Tally
+from batchsd.ledger import Ledger
+from batchsd.marker import Tally, sum_of
 from batchsd.prepare import Prepared, prepare
 from batchsd.recipe import Recipe, sink_of
 from batchsd.revise import Beginning, begin_run
@@ -73,21 +74,23 @@ def bench(recipe: Recipe, store: Store, draw: Callable[[Request], Record]) -> Wo
 def run_job(
     job: Job,
     log: Path,
-    begin: Callable[[Prepared], Beginning] = begin_run,
+    begin: Callable[[Sequence[Prepared]], list[Beginning]] = begin_run,
     failing: tuple[str, ...] = (),
     store: LocalStore | None = None,
 ) -> Tally:
     """What `batchsd run` does, from the plan on."""
-    prepared = prepare(job, 1, False)
     store = store or LocalStore(Path(job.output.uri))
-    prepared = replace(prepared, ledger=Ledger(store))
-    beginning = begin(prepared)
-    if len(beginning.tally.done) == prepared.plan.shards:
-        return prepared.ledger.finish(prepared.plan)
-    executor = InProcess(partial(bench, prepared.recipe, store, partial(draw, log, failing)))
-    plan, tally, watch = prepared.plan, beginning.tally, (lambda snapshot: None, lambda text: None)
-    limits = (Stop(5), prepared.max_failed, *watch)
-    return drive(prepared.ledger, plan, tally, prepared.shards, executor, *limits, revisions=beginning.revisions)
+    begun = begin([replace(part, ledger=Ledger(store, part.plan.number)) for part in prepare(job, 1, False)])
+    totals = []
+    for beginning in begun:
+        part, tally, revisions = beginning.prepared, beginning.tally, beginning.revisions
+        if beginning.complete:
+            totals.append(part.ledger.finish(part.plan))
+            continue
+        executor = InProcess(partial(bench, part.recipe, store, partial(draw, log, failing)))
+        limits = (Stop(5), part.max_failed, lambda snapshot: None, lambda text: None)
+        totals.append(drive(part.ledger, part.plan, tally, part.shards, executor, *limits, revisions=revisions))
+    return sum_of(totals)
 
 
 def rows_of(job: Job) -> list[dict[str, object]]:

@@ -28,7 +28,8 @@ def prepared(tmp_path: Path, checkpoint: Path) -> Prepared:
         f'[input]\nmanifest = "prompts.parquet"\nrepeat = 5\n[model]\npath = "{checkpoint}"\ndevice = "cpu"\n'
         '[sampler]\nheight = 16\nwidth = 16\n[output]\nuri = "out"\nrows_per_shard = 10\n'
     )
-    return prepare(load(tmp_path / "job.toml", (), {}), 1, False)
+    (prepared,) = prepare(load(tmp_path / "job.toml", (), {}), 1, False)
+    return prepared
 
 
 def test_evaluations_time_and_bytes_are_sums(prepared: Prepared) -> None:

@@ -251,7 +251,7 @@ def test_two_columns_of_one_name_are_refused():
 
 
 def manifest_of(rows: list[int]) -> Manifest:
-    files = tuple(InputFile(f"{i}.parquet", "", 1, 1, "", (n,) if n else ()) for i, n in enumerate(rows))
+    files = tuple(InputFile(f"{i}.parquet", "", 1, 1, "", (n,) if n else (), 0, n) for i, n in enumerate(rows))
     return Manifest(Disk(""), files, pa.schema([("prompt", pa.string())]))
 
 

@@ -23,7 +23,7 @@ def recipe(tmp_path: Path, checkpoint: Path) -> Recipe:
     (tmp_path / "job.toml").write_text(
         f'[input]\nmanifest = "prompts.parquet"\n[model]\npath = "{checkpoint}"\n[output]\nuri = "out"\n'
     )
-    return prepare(load(tmp_path / "job.toml", (), {}), 1, False).recipe
+    return prepare(load(tmp_path / "job.toml", (), {}), 1, False)[0].recipe
 
 
 def nodes(*others: Callable[[str], Sight]) -> Callable[[Callable[[], Sight]], Mapping[str, Sight]]:

@@ -9,7 +9,8 @@ import pytest
 
 from batchsd.job import Job, load
 from batchsd.manifest import MAX_SHARDS
-from batchsd.prepare import auto_rows, first_rows, prepare
+from batchsd.prepare import auto_rows, prepare
+from batchsd.revise import replace_uri
 from batchsd.types import Shard, UsageError
 
 
@@ -36,17 +37,22 @@ def test_large_jobs_stay_within_five_digits(rows: int, files: int) -> None:
     assert sum(-(-size // (a_shard // 3)) for size in sizes) <= MAX_SHARDS
 
 
-def test_a_limit_takes_the_first_rows_as_a_plan_of_their_own() -> None:
-    shards = [Shard(1, i, 3, 0, i * 10, 10) for i in range(3)]
-    assert first_rows(shards, 14) == [Shard(1, 0, 2, 0, 0, 10), Shard(1, 1, 2, 0, 10, 4)]
-    assert first_rows(shards, 10) == [Shard(1, 0, 1, 0, 0, 10)]
-    assert first_rows(shards, 1000) == first_rows(shards, None) == shards
+def test_a_limit_takes_the_first_rows_as_a_plan_of_their_own(tmp_path: Path, checkpoint: Path) -> None:
+    job = write_job(tmp_path, checkpoint, 30, "output.rows_per_shard=10")
+
+    def cut(limit: int | None) -> list[Shard]:
+        (prepared,) = prepare(job, 1, False, limit)
+        return prepared.shards
+
+    assert cut(14) == [Shard(1, 0, 2, 0, 0, 10), Shard(1, 1, 2, 0, 10, 4)]
+    assert cut(10) == [Shard(1, 0, 1, 0, 0, 10)]
+    assert cut(1000) == cut(None) == [Shard(1, i, 3, 0, i * 10, 10) for i in range(3)]
 
 
 def test_the_plan_depends_on_pixels_not_on_where_or_how_it_runs(tmp_path: Path, checkpoint: Path) -> None:
     def plan_hash(*sets: str, workers: int = 1) -> str:
         job = write_job(tmp_path, checkpoint, 20, "output.rows_per_shard=5", *sets)
-        return prepare(job, workers, gpu=False).plan.hash
+        return prepare(job, workers, gpu=False)[0].plan.hash
 
     same = plan_hash()
     assert plan_hash("run.batch_size=4", "ray.workers=2", "run.max_failed=3", workers=2) == same
@@ -58,11 +64,12 @@ def test_the_plan_depends_on_pixels_not_on_where_or_how_it_runs(tmp_path: Path, 
 
 def test_auto_rows_a_shard_stay_as_they_were_planned(tmp_path: Path, checkpoint: Path) -> None:
     job = write_job(tmp_path, checkpoint)
-    first = prepare(job, workers=1, gpu=False)
+    (first,) = prepare(job, workers=1, gpu=False)
     first.ledger.begin(first.plan)
-    again = prepare(job, workers=4, gpu=False)
+    (again,) = prepare(job, workers=4, gpu=False)
     assert again.plan.hash == first.plan.hash and again.shards == first.shards
-    assert prepare(job, workers=4, gpu=False, limit=8).plan.shards == 8
+    (limited,) = prepare(replace_uri(job, f"{tmp_path}/limited"), workers=4, gpu=False, limit=8)
+    assert (limited.plan.shards, limited.plan.rows) == (8, 8)
 
 
 @pytest.mark.parametrize(
@@ -90,15 +97,15 @@ def test_strict_refuses_bad_rows_up_front(tmp_path: Path, checkpoint: Path) -> N
 
 
 def test_changed_soft_facts_are_said(tmp_path: Path, checkpoint: Path) -> None:
-    first = prepare(write_job(tmp_path, checkpoint), 1, gpu=False)
+    (first,) = prepare(write_job(tmp_path, checkpoint), 1, gpu=False)
     assert first.warnings == ()
     first.ledger.begin(first.plan)
-    again = prepare(write_job(tmp_path, checkpoint, 20, "run.batch_size=4"), 1, gpu=False)
+    (again,) = prepare(write_job(tmp_path, checkpoint, 20, "run.batch_size=4"), 1, gpu=False)
     assert again.warnings == ("batch_size was auto when this run began, now 4",)
 
 
 def test_what_the_checkpoint_is_stands_in_the_plan(tmp_path: Path, checkpoint: Path) -> None:
-    prepared = prepare(write_job(tmp_path, checkpoint), 1, gpu=False)
+    (prepared,) = prepare(write_job(tmp_path, checkpoint), 1, gpu=False)
     assert prepared.recognised[0].startswith("SD-like text because unet/config.json has in_channels 4")
     prepared.ledger.begin(prepared.plan)
     standing = prepared.ledger.plan()
@@ -116,14 +123,14 @@ def test_a_checkpoint_that_is_not_whole_is_found_before_a_worker_starts(tmp_path
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_types_on_a_cpu_are_warned_of(tmp_path: Path, checkpoint: Path, dtype: str) -> None:
     job = write_job(tmp_path, checkpoint, 20, f"model.dtype={dtype}")
-    (warning,) = prepare(job, 1, gpu=False).warnings
+    (warning,) = prepare(job, 1, gpu=False)[0].warnings
     assert warning.startswith(f"model.dtype {dtype} on a CPU is 25 to 120 times slower")
-    assert prepare(job, 1, gpu=True).warnings == ()
+    assert prepare(job, 1, gpu=True)[0].warnings == ()
 
 
 def test_a_machine_with_another_checkpoint_does_not_draw(tmp_path: Path, checkpoint: Path) -> None:
     folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
-    recipe = prepare(write_job(tmp_path, folder), 1, gpu=False).recipe
+    recipe = prepare(write_job(tmp_path, folder), 1, gpu=False)[0].recipe
     config = folder / "scheduler/scheduler_config.json"
     config.write_text(config.read_text().replace("0.012", "0.013"))
     with pytest.raises(UsageError, match="model.path: .*copy on .* is checkpoint .*, the plan was made of"):
@@ -134,4 +141,5 @@ def test_a_machine_with_another_checkpoint_does_not_draw(tmp_path: Path, checkpo
 def test_max_failed_is_a_count_or_a_share(
     tmp_path: Path, checkpoint: Path, setting: str, rows: float
 ) -> None:
-    assert prepare(write_job(tmp_path, checkpoint, 20, setting), 1, gpu=False).max_failed == rows
+    (prepared,) = prepare(write_job(tmp_path, checkpoint, 20, setting), 1, gpu=False)
+    assert prepared.max_failed == rows

@@ -38,8 +38,9 @@ def page_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         for r in example_records(7)
     ]
     plan = Plan(1, {"a": HOSTILE}, {}, (), 7, 7, 1, 1, "parquet", {}, {"input": {"prompt": HOSTILE}})
-    ledger = type("Ledger", (), {"tally": lambda self: Tally({0}, 7, 5, Counter(bad_input=2))})()
-    monkeypatch.setattr(report, "open_run", lambda run: (plan, ledger))
+    tally = Tally({0}, 7, 5, Counter(bad_input=2))
+    ledger = type("Ledger", (), {"tally": lambda self: tally, "plan": lambda self: plan})()
+    monkeypatch.setattr(report, "open_run", lambda run: (plan, [ledger]))
     monkeypatch.setattr(report, "shards", lambda run: [records])
     monkeypatch.setattr(report, "records", iter)
     monkeypatch.setattr(report, "schema_of", lambda run: pa.schema([], {"batchsd": '{"model": "m"}'}))

@@ -177,7 +177,7 @@ def test_a_late_driver_changes_nothing(job: Job, tmp_path: Path) -> None:
     from batchsd.run import Drained, Ticket, work
     from batchsd.types import ShardResult
 
-    prepared = prepare(job, 1, False)
+    (prepared,) = prepare(job, 1, False)
     prepared.ledger.begin(prepared.plan)
     tickets = [Ticket(prepared.shards[0], "late")]
 

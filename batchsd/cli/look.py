@@ -27,13 +27,15 @@ def plan(
     from batchsd import estimate
     from batchsd.place import choose_place
     from batchsd.prepare import prepare
+    from batchsd.revise import limited
     from batchsd.summary import plan_lines
 
-    loaded = load_job(job, sets, day)
+    loaded = limited(load_job(job, sets, day), limit)
     with choose_place(loaded, None, os.environ) as place:
-        prepared = prepare(loaded, place.workers, place.gpu, limit)
+        parts = prepare(loaded, place.workers, place.gpu, limit)
         crew = place.crew
-    click.echo("\n".join(plan_lines(prepared, place.describe())))
+    click.echo("\n".join(plan_lines(parts, place.describe())))
+    prepared = parts[-1]  # of a manifest that has grown: what is new
     rows = estimate.sample(prepared)
     speed = estimate.Rate(rate, "--rate") if rate else None
     if measure and rows:

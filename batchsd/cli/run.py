@@ -15,11 +15,16 @@ from batchsd.cli.options import date_option, load_job, set_option
 from batchsd.cli.terminal import Display, say, signals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from batchsd.drive import Stop
     from batchsd.job import Job
+    from batchsd.lock import Lock
+    from batchsd.place import Place
     from batchsd.prepare import Prepared
     from batchsd.revise import Beginning
+
+    Begin = Callable[[Sequence[Prepared]], list[Beginning]]
 
 local_option = click.option("--local", is_flag=True, help="in this process, without Ray")
 address_option = click.option("--address", help="a Ray cluster: host:port, auto, local, none")
@@ -49,7 +54,7 @@ def run(
     """Draw the pictures of JOB; run again to go on where it stopped."""
     from batchsd.place import choose_place
     from batchsd.prepare import prepare
-    from batchsd.revise import begin_run, begin_update, beside
+    from batchsd.revise import begin_run, begin_update, beside, limited
     from batchsd.summary import plan_lines
 
     if update and new:
@@ -57,9 +62,11 @@ def run(
     loaded, where = load_job(job, sets, day), "none" if local else address
     if new:
         loaded = beside(loaded, limit)
+    loaded = limited(loaded, limit)
     if dry_run:
         with choose_place(loaded, where, os.environ) as place:
-            click.echo("\n".join(plan_lines(prepare(loaded, place.workers, place.gpu, limit), place.describe())))
+            parts = prepare(loaded, place.workers, place.gpu, limit)
+            click.echo("\n".join(plan_lines(parts, place.describe(), update)))
         return
     carry_out(loaded, where, limit, begin_update if update else begin_run)
 
@@ -76,16 +83,16 @@ def retry(run_folder: str, local: bool, address: str | None) -> None:
     carry_out(job, "none" if local else address, limit, begin_retry)
 
 
-def carry_out(job: Job, address: str | None, limit: int | None, begin: Callable[[Prepared], Beginning]) -> None:
+def carry_out(job: Job, address: str | None, limit: int | None, begin: Begin) -> None:
     """Plan, begin and drive a run to its end. `begin` is called by the holder of the folder's lock."""
-    from batchsd.drive import Stop, check_failed, deadline_of, drive
+    from batchsd.drive import Stop, deadline_of
     from batchsd.job import fetch_models
     from batchsd.ledger import Ledger
     from batchsd.lock import Lock
     from batchsd.place import choose_place
-    from batchsd.prepare import output_uri, prepare
+    from batchsd.prepare import prepare
     from batchsd.store import open_store
-    from batchsd.summary import counts, made, shown
+    from batchsd.summary import complete
 
     stop, out = Stop(job.run.grace, deadline_of(job.run.deadline, datetime.now())), sys.stdout
     with ExitStack() as stack:
@@ -93,33 +100,42 @@ def carry_out(job: Job, address: str | None, limit: int | None, begin: Callable[
         if place.on_ray:
             # Ray prints raylet's remarks to stdout, whatever one tells it.
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-            if not Ledger(open_store(output_uri(job, limit))).succeeded():
+            if not Ledger(open_store(job.output.uri)).succeeded():
                 place.connect()  # it comes up while the plan is made
         stack.enter_context(signals(stop))
         fetch_models(job, say)
-        prepared = prepare(job, place.workers, place.gpu, limit)
-        for reason in prepared.recognised[:2]:  # all are in the plan
+        parts = prepare(job, place.workers, place.gpu, limit)
+        for reason in parts[0].recognised[:2]:  # all are in the plan
             say(f"model: {reason}")
-        for warning in (*prepared.warnings, *place.warnings):
+        for warning in dict.fromkeys([*(text for part in parts for text in part.warnings), *place.warnings]):
             say(f"note: {warning}")
-        ledger, plan = prepared.ledger, prepared.plan
-        if ledger.plan() is None:
-            ledger.check(plan)  # a lock is nothing to leave in a folder that is not ours
-        lock = stack.enter_context(Lock(ledger.store))
-        beginning = begin(prepared)
-        tally = beginning.tally
-        if len(tally.done) == plan.shards:
-            ledger.finish(plan)
-            check_failed(tally, prepared.max_failed)
-            click.echo(f"nothing to do: {shown(ledger.store.uri)} is complete ({counts(tally)})", file=out)
-            return
-        place.check_nodes(prepared.recipe)
-        done = f", {tally.rows:,} are done" if tally.rows else ""
-        anew = f", {len(beginning.revisions):,} shards are built anew" if beginning.revisions else ""
-        say(f"{plan.rows:,} pictures in {plan.shards:,} shards{done}{anew}; {place.describe()}")
-        began = time.monotonic()
-        with Display() as display:
-            executor = place.executor(prepared.recipe, display.log)
-            limits = (stop, prepared.max_failed, display.show, display.log, lock.check, beginning.revisions)
-            total = drive(ledger, plan, tally, prepared.shards, executor, *limits)
-        click.echo(made(prepared, total, time.monotonic() - began), file=out)
+        first = parts[0].ledger
+        if first.plan() is None:
+            first.check(parts[0].plan)  # a lock is nothing to leave in a folder that is not ours
+        lock = stack.enter_context(Lock(first.store))
+        begun = begin(parts)
+        text = complete(begun) if all(beginning.complete for beginning in begun) else draw(begun, place, stop, lock)
+        click.echo(text, file=out)
+
+
+def draw(begun: Sequence[Beginning], place: Place, stop: Stop, lock: Lock) -> str:
+    """Drive the plans that are not complete, one after the other; give the last line for people."""
+    from batchsd.drive import check_failed, drive
+    from batchsd.marker import sum_of
+    from batchsd.summary import made, to_do
+
+    place.check_nodes(begun[-1].prepared.recipe)
+    say(f"{to_do(begun)}; {place.describe()}")
+    began, totals = time.monotonic(), []
+    with Display() as display:
+        for beginning in begun:
+            part = beginning.prepared
+            if beginning.complete:
+                totals.append(beginning.tally)
+                continue
+            executor = place.executor(part.recipe, display.log)
+            limits = (stop, part.max_failed, display.show, display.log, lock.check, beginning.revisions)
+            totals.append(drive(part.ledger, part.plan, beginning.tally, part.shards, executor, *limits))
+    for beginning, total in zip(begun, totals, strict=True):
+        check_failed(total, beginning.prepared.max_failed)
+    return made(begun, sum_of(totals), time.monotonic() - began)
