@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from batchsd.cli.options import date_option, json_option, load_job, set_option
+from batchsd.cli.terminal import say
 
 
 @click.command()
@@ -25,12 +26,14 @@ def plan(
 ) -> None:
     """Say what `run` would make and take, from the manifest's footers and a few of its rows."""
     from batchsd import estimate
+    from batchsd.job import fetch_models
     from batchsd.place import choose_place
     from batchsd.prepare import prepare
     from batchsd.revise import limited
     from batchsd.summary import plan_lines
 
     loaded = limited(load_job(job, sets, day), limit)
+    fetch_models(loaded, say)
     with choose_place(loaded, None, os.environ) as place:
         parts = prepare(loaded, place.workers, place.gpu, limit)
         crew = place.crew
@@ -117,10 +120,10 @@ def inspect(model: str, as_json: bool) -> None:
     from batchsd.job import find_model
     from batchsd.model.inspect import describe, inspect_checkpoint
 
-    facts = inspect_checkpoint(Path(model) if Path(model).exists() else find_model(model, "inspect"))
+    facts = inspect_checkpoint(Path(model) if Path(model).exists() else find_model(model, "inspect", say))
     click.echo(json.dumps(facts, indent=1) if as_json else "\n".join(describe(facts)))
     if any(network["problems"] for network in facts["networks"].values()):
-        raise SystemExit(1)
+        raise SystemExit(2)
 
 
 @click.command()

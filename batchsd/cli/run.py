@@ -52,6 +52,7 @@ def run(
     dry_run: bool,
 ) -> None:
     """Draw the pictures of JOB; run again to go on where it stopped."""
+    from batchsd.job import fetch_models
     from batchsd.place import choose_place
     from batchsd.prepare import prepare
     from batchsd.revise import begin_run, begin_update, beside, limited
@@ -64,6 +65,7 @@ def run(
         loaded = beside(loaded, limit)
     loaded = limited(loaded, limit)
     if dry_run:
+        fetch_models(loaded, say)
         with choose_place(loaded, where, os.environ) as place:
             parts = prepare(loaded, place.workers, place.gpu, limit)
             click.echo("\n".join(plan_lines(parts, place.describe(), update)))

@@ -30,6 +30,10 @@ def read_folder(path: Path, vae: bool = True) -> Parts:
     """
     if not (path / "unet").is_dir():
         raise UsageError(f"model.path: {path} is not a folder in diffusers layout (model_index.json, unet/, vae/, ...)")
+    index = path / "model_index.json"
+    facts = read_json(index) if index.exists() else {}
+    if facts.get("requires_aesthetics_score"):
+        raise UsageError(f"{path}: this is the SDXL refiner, which is not supported; take the SDXL base")
     unet_config = read_json(path / "unet" / "config.json")
     unet = network_state(path / "unet", NETWORK)
     vae_file = path / "vae" / "config.json"
@@ -54,8 +58,6 @@ def read_folder(path: Path, vae: bool = True) -> Parts:
     texts = tuple(
         _text(path, suffix, pad) for suffix, pad in zip(("", "_2"), SDXL.pads if two else family.pads, strict=False)
     )
-    index = path / "model_index.json"
-    facts = read_json(index) if index.exists() else {}
     zero = bool(facts.get("force_zeros_for_empty_prompt", two))
     return Parts(
         str(path), f"{name} {task}", unet_config, unet, vae_config, vae_state, texts, chosen, zero, tuple(reasons),
@@ -101,9 +103,11 @@ def _preference(file: Path) -> tuple[bool, int, str]:
 
 def _sharded(folder: Path, index: Path) -> dict[str, Tensor]:
     try:
-        files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()), key=str)
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         raise UsageError(f"{index}: not an index of shards (a JSON object with weight_map)") from None
+    if strange := [name for name in files if not isinstance(name, str) or Path(name).name != name]:
+        raise UsageError(f"{index}: names the shard {str(strange[0])!r}, which does not lie beside it")
     state: dict[str, Tensor] = {}
     for name in files:
         state |= read_state(folder / name)

@@ -25,11 +25,18 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     for i, text in enumerate(parts.texts):
         model = text_network(text.config)
         found["text_encoder" + ("_2" if i else "")] = network_facts(model, known_names(text.state, model))
+    if parts.depth:
+        found["depth_estimator"] = weight_facts(parts.depth.state)
     return {
+        "where": parts.where,
         "family": parts.family,
         "reasons": list(parts.reasons),
         "native_size": unet.config.sample_size * vae.config.factor,
+        "latent_size": unet.config.sample_size,
         "extra_channels": unet.config.in_channels - vae.config.latent_channels,
+        "context_dim": unet.config.context_dim,
+        "channels": list(unet.config.channels),
+        "scaling_factor": vae.config.scaling_factor,
         "prediction_type": parts.scheduler.get("prediction_type", "epsilon"),
         "scheduler": parts.scheduler.get("_class_name", ""),
         "networks": found,
@@ -49,19 +56,33 @@ def recognised(path: Path, vae: str = "", ema: bool = False) -> tuple[str, ...]:
 
 def network_facts(network: nn.Module, state: State) -> dict[str, Any]:
     """Parameters, bytes, types, and what is missing, unused or of another shape."""
+    return weight_facts(state) | {"problems": differences(network, state)}
+
+
+def weight_facts(state: State) -> dict[str, Any]:
+    """Parameters, bytes and types, of tensors that nothing is compared to."""
     return {
+        "tensors": len(state),
         "parameters": sum(value.numel() for value in state.values()),
         "bytes": sum(value.nbytes for value in state.values()),
         "dtypes": sorted({str(value.dtype).removeprefix("torch.") for value in state.values()}),
-        "problems": differences(network, state),
+        "problems": [],
     }
 
 
 def describe(facts: Mapping[str, Any]) -> list[str]:
     """The facts as lines for people."""
-    lines = [*facts["reasons"], f"native size {facts['native_size']} pixels"]
+    side, latents = facts["native_size"], facts["latent_size"]
+    lines = [
+        *facts["reasons"],
+        f"native size {side} x {side} pixels: latents of {latents} x {latents}, scaled by {facts['scaling_factor']}",
+        f"U-Net of {', '.join(map(str, facts['channels']))} channels, told texts of width {facts['context_dim']}"
+        + (f" and {facts['extra_channels']} more input channels" if facts["extra_channels"] else ""),
+    ]
     for name, network in facts["networks"].items():
-        types = ", ".join(network["dtypes"])
-        lines.append(f"{name}: {network['parameters']:,} parameters, {types}, {network['bytes'] / 1e9:.2f} GB")
+        types, size = ", ".join(network["dtypes"]), f"{network['bytes'] / 1e6:,.1f} MB"
+        count = f"{network['parameters']:,} parameters in {network['tensors']:,} tensors"
+        lines.append(f"{name}: {count}, {types}, {size}")
         lines += [f"{name}: {problem}" for problem in network["problems"]]
-    return lines
+    whole = not any(network["problems"] for network in facts["networks"].values())
+    return [*lines, "nothing missing, nothing unused" if whole else "not drawable as it is"]

@@ -25,7 +25,13 @@ _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """All tensors of a weights file. Raises `UsageError`."""
-    return read_pickle(path) if path.suffix in PICKLES else read_safetensors(path)
+    if path.is_file() and not path.stat().st_size:
+        raise UsageError(f"{path}: empty (zero bytes); download it again")
+    if path.suffix in PICKLES:
+        return read_pickle(path)
+    if path.suffix not in ("", ".safetensors"):  # the hub's cache holds links to files without a suffix
+        raise UsageError(f"{path}: not a checkpoint's file; .safetensors, {', '.join(PICKLES)} are read")
+    return read_safetensors(path)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -42,7 +48,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             start = stream.read(64)
         if start.startswith(b"version https://git-lfs"):
             raise UsageError(f"{path}: not the weights but a Git LFS pointer to them; run `git lfs pull`") from None
-        if start.isascii() and start[:64].decode().isprintable():
+        if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in start):
             raise UsageError(f"{path}: not readable as safetensors, it is a text file; download it again") from None
         raise UsageError(f"{path}: not readable as safetensors ({error}); is the download complete?") from None
 

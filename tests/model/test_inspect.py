@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -17,13 +18,15 @@ from tests.model.ldm import networks, to_ldm
 
 def test_a_single_file(tmp_path: Path) -> None:
     made = networks("SD2", 5)
-    save_file({**to_ldm(made), "depth_model.a": to_ldm(made)["betas"]}, tmp_path / "d.safetensors")
+    depth = {"depth_model.model.scratch.output_conv.4.bias": torch.zeros(1), "depth_model.model.b": torch.zeros(6)}
+    save_file({**to_ldm(made), **depth}, tmp_path / "d.safetensors")
     facts = inspect_checkpoint(tmp_path / "d.safetensors")
     assert facts["family"] == "SD2 depth" and facts["scheduler"] == "PNDMScheduler" and facts["extra_channels"] == 1
     assert facts["networks"]["unet"]["parameters"] == sum(p.numel() for p in made.unet.parameters())
     lines = describe(facts)
     assert "because conv_in is [64, 5, 3, 3] and the text encoder lies under 'cond_stage_model.model.'" in lines[0]
-    assert "1 tensors of a depth network (depth_model.) are not used" in lines
+    assert "2 tensors of a depth network (depth_model.), for rows that bring no depth map" in lines
+    assert facts["networks"]["depth_estimator"]["parameters"] == 7 and lines[-1] == "nothing missing, nothing unused"
     assert not any(network["problems"] for network in facts["networks"].values())
 
 
@@ -37,7 +40,7 @@ def test_the_command_names_what_is_missing(checkpoint: Path, tmp_path: Path) -> 
     save_file(state, file)
     good, bad = (CliRunner().invoke(commands, ["inspect", str(path)]) for path in (checkpoint, folder))
     assert good.exit_code == 0 and "prediction type epsilon because scheduler_config.json says so" in good.output
-    assert bad.exit_code == 1 and "vae: 1 tensor missing, first 'quant_conv.bias'" in bad.output
+    assert bad.exit_code == 2 and "vae: 1 tensor missing, first 'quant_conv.bias'" in bad.output
     told = CliRunner().invoke(commands, ["inspect", "--json", str(checkpoint)])
     assert json.loads(told.output)["networks"]["text_encoder"]["dtypes"] == ["float32"]
 
