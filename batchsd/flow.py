@@ -1,6 +1,6 @@
 """One run of the engine: which rows are pulled, which group of them walks next, and when latents become pictures.
 
-    pull -> a queue a group -> its lanes -> latents -> VAE -> picture -> encoder threads -> Record
+    pull -> a queue a group -> its lanes -> latents -> VAE (a thread) -> picture -> encoder threads -> Record
 
 A full batch walks before all others, so that groups with few rows gather more meanwhile. Where none is full, rows are
 pulled ahead until one is; where no more can be pulled, the group walks that keeps the oldest shard open.
@@ -21,7 +21,7 @@ from torch import Tensor
 from batchsd.intake import Intake, Item
 from batchsd.lanes import Lanes, Row
 from batchsd.meter import Meter
-from batchsd.network import Group, out_of_memory, row_error
+from batchsd.network import Group
 from batchsd.types import Record, Request, RowError, Shard
 
 # Rows waiting, for each lane. 0, 2, 4: the job of tests/bench/bench_mixed.py has 98.3, 99.1, 99.2 % of its lanes in
@@ -35,12 +35,18 @@ _MOST_PIXELS = 256 * 2**20  # bytes of pictures waiting for an encoder thread, b
 _NAP_S = 0.005  # between looks for the next shard, when there is nothing to draw
 
 
+Decoded = tuple[np.ndarray, bool] | RowError
+"""A picture H W 3, and whether its latents were finite; or why there is none."""
+
+
 class Stages(Protocol):
     """What is done to a row or a batch on its way; see `engine.Engine`. The flow decides when."""
 
     meter: Meter
     decode_batch: int
     encode: Callable[[np.ndarray], tuple[bytes, str]]
+
+    def picture_bytes(self, row: Row) -> int: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -55,22 +61,25 @@ class Stages(Protocol):
 
     def new_lanes(self, group: Group) -> Lanes: ...
 
-    def decode(self, latents_BCHW: Tensor) -> tuple[np.ndarray, np.ndarray]: ...
+    def decoding(self, latents_BCHW: Tensor) -> Callable[[], list[Decoded]]: ...
 
 
 class Flow:
     """What is waiting, walking, decoded and being encoded."""
 
-    def __init__(self, engine: Stages, shards: Iterable[Item], pool: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, engine: Stages, shards: Iterable[Item], decoder: ThreadPoolExecutor, encoders: ThreadPoolExecutor
+    ) -> None:
         self.engine = engine
-        self.pool = pool
+        self.decoder = decoder
+        self.encoders = encoders
         self.intake = Intake(shards)
         self.blocked = False  # nothing more can be pulled before a shard is done
         self.waiting: dict[Group, list[Row]] = {}  # oldest first
         self.lanes: dict[Group, Lanes] = {}
         self.latents: dict[tuple[int, ...], list[tuple[Row, Tensor]]] = {}
         self.done: deque[tuple[Shard, Future[tuple[Record, int]] | Record]] = deque()
-        self.pixels = 0  # bytes of pictures in encoder threads
+        self.pixels = 0  # bytes of pictures with the decoder and the encoders
 
     def run(self) -> Iterator[tuple[Shard, Record]]:
         while True:
@@ -193,30 +202,24 @@ class Flow:
                 del self.latents[size]
 
     def _decode(self, pairs: list[tuple[Row, Tensor]]) -> None:
-        """Decodes the oldest latents of a size and hands the pictures to the encoders; halves what does not fit."""
+        """Sends the oldest latents of a size to the decoder, and what it makes of them on to the encoders."""
         batch = pairs[: self.engine.decode_batch]
         del pairs[: len(batch)]
-        try:
-            pictures, finite = self.engine.decode(torch.stack([latents for _, latents in batch]))
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            if len(batch) == 1:
-                row = batch[0][0]
-                self._fail(row.shard, row.request, row_error(error))
-            else:
-                self.engine.decode_batch = len(batch) // 2
-                pairs[:0] = batch
-            return
-        for (row, _), picture, good in zip(batch, pictures, finite, strict=True):
-            if row.conditioning.kept is not None:
-                picture = row.conditioning.kept.into(picture)
-            self.pixels += picture.nbytes
-            self.done.append((row.shard, self.pool.submit(self._encode, row.request, picture, bool(good))))
+        call = self.engine.decoding(torch.stack([latents for _, latents in batch]))
+        decoded = self.decoder.submit(call)
+        for i, (row, _) in enumerate(batch):
+            self.pixels += self.engine.picture_bytes(row)
+            self.done.append((row.shard, self.encoders.submit(self._encode, row, decoded, i)))
 
-    def _encode(self, request: Request, picture_HW3: np.ndarray, finite: bool) -> tuple[Record, int]:
-        """The record, and the bytes of the picture before. Runs in an encoder thread."""
-        return self._record(request, picture_HW3, finite), picture_HW3.nbytes
+    def _encode(self, row: Row, decoded: Future[list[Decoded]], i: int) -> tuple[Record, int]:
+        """The record of the batch's picture `i`, and what it counted for in `pixels`. Runs in an encoder thread."""
+        result, size = decoded.result()[i], self.engine.picture_bytes(row)
+        if isinstance(result, RowError):
+            return Record(row.request, result.status, str(result)), size
+        picture, finite = result
+        if row.conditioning.kept is not None:
+            picture = row.conditioning.kept.into(picture)
+        return self._record(row.request, picture, finite), size
 
     def _record(self, request: Request, picture_HW3: np.ndarray, finite: bool) -> Record:
         height, width = picture_HW3.shape[:2]

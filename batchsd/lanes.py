@@ -2,8 +2,9 @@
 
     network outputs a lane -> weighted sum a row -> guidance rescale -> the row's own table line -> blend
 
-A lane is one evaluation of the network in the batch; a row holds as many as its conditioning has branches. Each
-row has its own program, position and generator, so samplers, step counts and guidance mix freely.
+A lane is one evaluation of the network in the batch; a row holds as many as its conditioning has branches that
+are not off for good. Each row has its own program, position and generator, so samplers, step counts and guidance
+mix freely.
 Shapes: R rows, L lanes, B branches of a row, C H W latent size, T tokens, D context width.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -39,6 +41,11 @@ class Row:
     added: list[Mapping[str, Tensor]] = field(default_factory=list)
     position: int = 0
     noise: Tensor | None = None
+    _widths: list[int] = field(init=False)  # lanes, by position: the most that any call from there on wants
+
+    def __post_init__(self) -> None:
+        used = [sum(weight != 0 for weight in weights) for weights in self.weights]
+        self._widths = list(accumulate(reversed(used), max))[::-1]
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -46,7 +53,8 @@ class Row:
 
     @property
     def lanes(self) -> int:
-        return len(self.conditioning.branches)
+        """What it may still need at once: a branch that is off for the rest of the walk gives its lane to others."""
+        return self._widths[self.position] if self.calls_left else 0
 
     @property
     def calls_left(self) -> int:

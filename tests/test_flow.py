@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -87,3 +88,42 @@ def test_too_little_memory_for_a_decoding_batch(checkpoint: Path) -> None:
     rows = [replace(row, height=32, width=32, steps=2) for row in mixed_rows(12, 32)]
     assert generate(engine, rows, 12) == {row.key: 1 for row in rows}
     assert sum(size for size in sizes if size <= 2) == 12 and engine.decode_batch <= 2
+
+
+def test_decoding_does_not_hold_up_denoising(checkpoint: Path) -> None:
+    """The first batch of pictures is decoded only after three more network calls: nobody else would make them."""
+    engine = empty_engine(checkpoint, lanes=4)
+    decode, moved = engine.model.vae.decode, threading.Semaphore(0)
+    unet, decoded = engine.model.unet.forward, []
+
+    def network(*given: object) -> torch.Tensor:
+        moved.release()
+        return unet(*given)
+
+    def late(z: torch.Tensor) -> torch.Tensor:
+        if not decoded:
+            while moved.acquire(blocking=False):
+                pass
+            decoded.append([moved.acquire(timeout=60) for _ in range(3)])
+        return decode(z)
+
+    engine.model.unet.forward, engine.model.vae.decode = network, late  # type: ignore[method-assign]
+    rows = [replace(row, height=32, width=32, steps=6) for row in mixed_rows(40, 32)]
+    assert generate(engine, rows, 40) == {row.key: 1 for row in rows}
+    assert decoded == [[True, True, True]]
+
+
+def test_a_branch_that_is_off_for_good_gives_its_lane_away(checkpoint: Path) -> None:
+    """Guidance at the beginning alone: two lanes a row there, one for the rest of its walk."""
+    same = {"height": 32, "width": 32, "steps": 20, "scheduler": "euler", "guidance_scale": 5.0}
+    rows = [replace(row, **same) for row in mixed_rows(24, 32)]
+    calls = {}
+    for interval in ((), (5.0, 1e9)):
+        engine = empty_engine(checkpoint, lanes=8)
+        engine.settings = replace(engine.settings, guidance_interval=interval)
+        assert generate(engine, rows, 24) == {row.key: 1 for row in rows}
+        calls[interval] = engine.meter.network_calls
+    assert calls[()] == 24 * 20 * 2 / 8
+    guided = sum(float(sigma) > 5 for sigma in engine.program("euler", 20).call_sigma)
+    assert 0 < guided < 20
+    assert 24 * (20 + guided) / 8 <= calls[5.0, 1e9] <= 0.75 * calls[()]  # 72 at the least; 88 where this was written

@@ -51,9 +51,10 @@ MAY_IMPORT = {
     "run": "ledger order published store",
     "published": "columns ledger store",
     "provenance": "columns",
-    "engine": "batch_size diffusion flow intake lanes meter model network",
+    "engine": "batch_size beside diffusion flow intake lanes meter model network",
     "flow": "intake lanes meter network",
     "batch_size": "model",
+    "beside": "",
     "lanes": "diffusion network",
     "network": "meter model",
     "intake": "",
@@ -118,7 +119,7 @@ DOORS = {
 
 # Slow to import: at the top of a file only in these rooms, elsewhere inside the function that needs it.
 AT_THE_TOP = {
-    "torch": "batch_size engine flow lanes network model diffusion training",
+    "torch": "batch_size beside engine flow lanes network model diffusion training",
     "transformers": "",
     "ray": "",
 }
