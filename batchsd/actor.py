@@ -7,19 +7,38 @@ from __future__ import annotations
 
 import os
 import queue
+import socket
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from batchsd.run import Drained, Ticket, Workbench, describe, work
+from batchsd.bench import Drained, Order, Workbench
+from batchsd.executor import describe
+from batchsd.run import work
 from batchsd.types import BatchsdError, Event, InfrastructureError, Progress, UsageError
+
+PULSE_EVERY = 2.0  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The process is there, and begins to build its workbench."""
+
+    host: str
+    pid: int
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The workbench is built; tickets are welcome."""
+    """The workbench is built; orders are welcome."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """The engine has moved since the last one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +50,7 @@ class Failed:
     log: str
 
 
-Message = Event | Ready | Failed
+Message = Event | Started | Ready | Pulse | Failed
 
 
 class Outbox:
@@ -40,27 +59,30 @@ class Outbox:
     def __init__(self) -> None:
         self._messages: deque[Message] = deque()
         self._changed = threading.Condition()
-        self._ended = False
+        self.ended = False
 
     def put(self, message: Message) -> None:
         with self._changed:
             last = self._messages[-1] if self._messages else None
+            if isinstance(message, Pulse) and last is not None:
+                return  # something that waits says as much
             if isinstance(message, Progress) and isinstance(last, Progress) and last.shard == message.shard:
                 ok, failed = last.ok + message.ok, last.failed + message.failed
-                self._messages[-1] = replace(message, ok=ok, failed=failed)
+                good = last.good if message.good < 0 else message.good
+                self._messages[-1] = replace(message, ok=ok, failed=failed, good=good)
             else:
                 self._messages.append(message)
             self._changed.notify()
 
     def end(self) -> None:
         with self._changed:
-            self._ended = True
+            self.ended = True
             self._changed.notify()
 
     def __iter__(self) -> Iterator[Message]:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._messages or self._ended)
+                self._changed.wait_for(lambda: self._messages or self.ended)
                 if not self._messages:
                     return
                 message = self._messages.popleft()
@@ -73,12 +95,12 @@ class Worker:
     def __init__(self, build: Callable[[], Workbench], threads: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # torch reads it when it is imported
         self._build = build
-        self._tickets: queue.Queue[Ticket | None] = queue.Queue()
+        self._orders: queue.Queue[Order | None] = queue.Queue()
         self._outbox = Outbox()
 
-    def feed(self, ticket: Ticket | None) -> None:
-        """One more ticket; None: no more will come."""
-        self._tickets.put(ticket)
+    def feed(self, order: Order | None) -> None:
+        """One more order; None: no more will come."""
+        self._orders.put(order)
 
     def work(self) -> Iterator[Message]:
         # The loop has a thread of its own: what it announces leaves even while the network runs.
@@ -86,9 +108,11 @@ class Worker:
         yield from self._outbox
 
     def _loop(self) -> None:
+        self._outbox.put(Started(socket.gethostname(), os.getpid()))
         try:
             bench = self._build()
             self._outbox.put(Ready())
+            threading.Thread(target=self._pulse, args=(bench.beat,), name="pulse", daemon=True).start()
             for event in work(bench, self._take, self._outbox.put):
                 self._outbox.put(event)
         except BaseException as error:
@@ -98,12 +122,20 @@ class Worker:
         finally:
             self._outbox.end()
 
-    def _take(self, wait: bool) -> Ticket | None:
+    def _pulse(self, beat: Callable[[], int]) -> None:
+        before = beat()
+        while not self._outbox.ended:
+            time.sleep(PULSE_EVERY)
+            if (now := beat()) != before:
+                before = now
+                self._outbox.put(Pulse())
+
+    def _take(self, wait: bool) -> Order | None:
         try:
-            ticket = self._tickets.get(block=wait)
+            order = self._orders.get(block=wait)
         except queue.Empty:
             return None
-        if ticket is None:
-            self._tickets.put(None)  # asked again, the answer is the same
+        if order is None:
+            self._orders.put(None)  # asked again, the answer is the same
             raise Drained
-        return ticket
+        return order

@@ -19,8 +19,8 @@ from batchsd.progress import duration
 from batchsd.types import Request, Shard
 
 if TYPE_CHECKING:
+    from batchsd.bench import Workbench
     from batchsd.prepare import Prepared
-    from batchsd.run import Workbench
 
 PLACES, ROWS_A_PLACE = 16, 16  # of the sample
 MEASURED = 48  # rows that --measure draws; fewer where that takes longer than PATIENCE

@@ -13,9 +13,9 @@ from batchsd.card import write_card
 from batchsd.ledger import OURS, STAGING, place_of
 from batchsd.marker import sum_of
 from batchsd.reread import open_run, records, schema_of, shards
-from batchsd.run import check_staged
 from batchsd.store import open_store
 from batchsd.types import Sink, UsageError
+from batchsd.writer import check_staged
 
 EXPORTING = f"{OURS}/EXPORTING"  # there until all is
 

@@ -40,6 +40,7 @@ class Ledger:
         self.store = store
         self.number = number
         self.folder = f"{OURS}/ledger/{number:04d}"
+        self._suspects = f"{OURS}/suspects/{number:04d}.json"
 
     def plans(self) -> list[Plan]:
         """The plan and its revisions; the last one stands."""
@@ -198,9 +199,20 @@ class Ledger:
         data = self.store.read(STATUS)
         return None if data is None else json.loads(data)
 
+    def suspects(self) -> dict[str, Any]:
+        """What a driver last wrote of rows that may be poison, and of those in flight (see `poison`)."""
+        data = self.store.read(self._suspects)
+        return {} if data is None else json.loads(data)
+
+    def write_suspects(self, values: Mapping[str, Any] | None) -> None:
+        if values is None:
+            self.store.remove(self._suspects)
+        else:
+            self.store.put(self._suspects, json.dumps(values).encode())
+
     def log_attempt(self, name: str, text: str) -> str:
         """Keep why an attempt failed, for good; give the file's place."""
-        kept = f"{OURS}/attempts/{name}.txt"
+        kept = f"{OURS}/logs/{name}.txt"
         self.store.create_only(kept, text.encode())
         return f"{self.store.uri}/{kept}"
 

@@ -13,8 +13,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from batchsd.deadlines import Patience
+from batchsd.executor import Executor, InProcess
 from batchsd.job import Job
-from batchsd.run import Executor, InProcess
 from batchsd.types import InfrastructureError, UsageError
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Place:
             resources: Mapping[str, float] = {"CPU": cpus, "GPU": gpus_here() if device != "cpu" else 0}
         else:
             resources = self.connect().resources()
-        crew, short = size_crew(setting, gpus_each, device, resources)
+        crew, short = size_crew(setting, gpus_each, device, resources, grows=self._address != "local")
         if short:
             self.warnings.append(short)
         return crew
@@ -97,17 +98,27 @@ class Place:
 
             check_nodes(recipe, self.connect().on_every_node)
 
-    def executor(self, recipe: Recipe, log: Callable[[str], None]) -> Executor:
-        """The workers, once the plan is made; waits for Ray to be up."""
+    def executor(self, recipe: Recipe, log: Callable[[str], None], end: Callable[[str], None]) -> Executor:
+        """The workers, once the plan is made; waits for Ray to be up. `end` ends a process that hangs."""
+        patience = Patience.of(self._job.run.timeout)
         if not self.on_ray:
-            return InProcess(partial(recipe, device=self.crew.device))
-        from batchsd.cluster import RayActors
+            return InProcess(partial(recipe, device=self.crew.device), patience, end)
+        from batchsd.cluster import RayActors, Reserve
 
         self.connect().resources()
         crew = self.crew
         build = partial(recipe, device=crew.device, threads=crew.threads)
-        reserve = {"num_cpus": crew.cpus, "num_gpus": crew.gpus}
-        return RayActors(build, crew.workers, reserve, crew.threads, log)
+        grows = self._job.ray.workers == "auto" and self._address != "local"
+        reserve = Reserve(crew.cpus, crew.gpus, crew.threads, self._job.ray.wait, self._room if grows else None)
+        return RayActors(build, crew.workers, reserve, log, patience)
+
+    def _room(self) -> int:
+        """How many workers the cluster has room for by now."""
+        assert self._cluster is not None
+        crew, _ = size_crew(
+            "auto", self._job.ray.gpus_per_worker, self.crew.device, self._cluster.resources(), grows=True
+        )
+        return crew.workers
 
     def describe(self) -> str:
         """`in this process`, `2 Ray actors here, 1 CPU each`, `8 Ray actors at head:6379, 1 GPU each`."""
@@ -151,32 +162,35 @@ def choose_address(
 
 
 def size_crew(
-    workers: int | str, gpus_per_worker: float, device: str, resources: Mapping[str, float]
+    workers: int | str, gpus_per_worker: float, device: str, resources: Mapping[str, float], grows: bool
 ) -> tuple[Crew, str]:
     """The crew that fits `resources` (Ray's CPU and GPU counts), and a line where that is less than asked.
 
-    Raises InfrastructureError where a GPU is needed and there is none: Ray would wait for ever, silently.
+    Of a cluster that `grows` an explicit number of workers is taken as it is: nodes may come later. Raises
+    InfrastructureError where a GPU is needed and there is none: Ray would wait for ever, silently.
     """
     cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
     wants_gpu = device not in ("auto", "cpu") or (device == "auto" and gpus > 0)
+    waits = grows and workers != "auto"
     if wants_gpu and gpus_per_worker > 0:
         room = int(gpus / gpus_per_worker)
-        if room == 0:
+        if room == 0 and not waits:
             raise InfrastructureError(
                 f"a worker needs {gpus_per_worker:g} GPU (ray.gpus_per_worker, model.device = {device!r}), "
                 f"the cluster has {gpus:g}; add a node with GPUs, or set model.device = 'cpu'"
             )
-        count = room if workers == "auto" else min(int(workers), room)
+        count = room if workers == "auto" else int(workers) if waits else min(int(workers), room)
         # No CPUs are reserved: nodes of a GPU cluster may declare none, and a worker would wait for ever.
         device = "cuda" if device == "auto" else device
         crew = Crew(count, gpus_per_worker, 0, max(1, int(cpus // count)), device)
     else:
-        count = 1 if workers == "auto" else min(int(workers), max(1, int(cpus)))
+        room = max(1, int(cpus))
+        count = 1 if workers == "auto" else int(workers) if waits else min(int(workers), room)
         share = max(1, int(cpus // count))
-        crew = Crew(count, 0, min(share, cpus), share, "cpu" if device == "auto" else device)
-    if workers == "auto" or crew.workers == int(workers):
+        crew = Crew(count, 0, min(share, max(1, cpus)), share, "cpu" if device == "auto" else device)
+    if workers == "auto" or room >= int(workers):
         return crew, ""
-    return crew, f"ray.workers = {workers}, but there is room for {crew.workers} (CPU {cpus:g}, GPU {gpus:g})"
+    return crew, f"ray.workers = {workers}, but there is room for {room} (CPU {cpus:g}, GPU {gpus:g})"
 
 
 def gpus_here(devices: Path = Path("/dev")) -> int:

@@ -22,6 +22,7 @@ from batchsd.plan import Plan
 from batchsd.plugins import Registry
 from batchsd.reader import scan
 from batchsd.recipe import Recipe, names_of, versions
+from batchsd.retrying import patient
 from batchsd.store import open_store
 from batchsd.types import Shard, UsageError
 from batchsd.unbuilt import refuse_unbuilt
@@ -62,7 +63,7 @@ def prepare(job: Job, workers: int, gpu: bool, limit: int | None = None) -> list
     """
     registry = plugins.build(job.plugins, Path())
     check_registered(job, registry)
-    store = open_store(job.output.uri)
+    store = patient(open_store(job.output.uri))
     standing = [plan for ledger in ledgers(store) if (plan := ledger.plan())]
     known = {(f["name"], f["size"], f["mtime_ns"]): f["sha256"] for plan in standing for f in plan.files}
     manifest = open_manifest(job, known, names_of(registry))

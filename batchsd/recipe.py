@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchsd import __version__, plugins
+from batchsd.bench import Workbench
 from batchsd.job import Job, model_extras, model_options, model_path, pixel_settings
 from batchsd.manifest import Manifest
 from batchsd.model.fingerprint import checkpoint_hash
@@ -23,7 +24,6 @@ from batchsd.prompts import prompts_for
 from batchsd.provenance import Told
 from batchsd.reader import Reader
 from batchsd.rows import Names, row_hasher
-from batchsd.run import Workbench
 from batchsd.sinks.aside import Aside
 from batchsd.store import open_store
 from batchsd.types import Sink, UsageError
@@ -80,6 +80,7 @@ class Recipe:
             store=open_store(self.uri, job.run.scratch),
             hook=registry.hook,
             lap=engine.meter.lap,
+            beat=lambda: engine.meter.network_calls + engine.meter.pictures,
             facts={
                 **versions(),
                 "dtype": self.dtype,

@@ -153,6 +153,9 @@ class Run(Section):
     deadline: str = Field(default="", description="when to stop: '2026-11-23T05:00' or '05:00'")
     grace: Annotated[float, Field(ge=0)] = 25
     scratch: str = ""
+    timeout: Auto | Annotated[float, Field(ge=0)] = Field(
+        default="auto", description="seconds after which a silent batch is taken for hung; 0: never"
+    )
 
     @field_validator("deadline", mode="before")
     @classmethod
@@ -178,3 +181,6 @@ class Ray(Section):
     address: Text = "auto"
     workers: Auto | Positive = "auto"
     gpus_per_worker: Annotated[float, Field(ge=0)] = 1
+    wait: Annotated[float, Field(ge=0)] = Field(
+        default=600, description="seconds without any worker, after which the run gives up"
+    )

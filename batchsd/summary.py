@@ -68,7 +68,7 @@ def counts(tally: Tally) -> str:
 
 def complete(begun: Sequence[Beginning]) -> str:
     """The line where there is nothing to draw. Raises TooManyFailed where more failed than the job now allows."""
-    from batchsd.drive import check_failed
+    from batchsd.stop import check_failed
 
     last = begun[-1].prepared
     if not all(beginning.prepared.ledger.succeeded() for beginning in begun):

@@ -203,15 +203,31 @@ class ShardResult:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A small event from a worker: rows done since its last one, and the keys now in flight."""
+    """A small event from a worker: rows done since its last one, and the keys now in flight.
+
+    `rows` are the output rows in flight, by their index in the shard; `good` is one that was just drawn well, or
+    -1. `long`: what comes next may take long, as the first batch of a shape does, or the handing in of a shard.
+    """
 
     shard: Shard
     ok: int
     failed: int
     in_flight: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()
+    good: int = -1
+    long: bool = False
 
 
-Event = Progress | ShardResult
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A row of a shard was drawn alone, for a trial, and its worker lives. `ok`: it became a picture."""
+
+    shard: Shard
+    row: int
+    ok: bool
+
+
+Event = Progress | Tried | ShardResult
 
 
 class SinkWriter(Protocol):

@@ -13,10 +13,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchsd.drive import Stop, drive
+from batchsd.bench import Generate, Source, Workbench
+from batchsd.drive import drive
+from batchsd.executor import Executor, InProcess
 from batchsd.ledger import Ledger, Tally
 from batchsd.plan import Plan
-from batchsd.run import Executor, Generate, InProcess, Source, Workbench
+from batchsd.stop import Stop
 from batchsd.store import LocalStore, Store
 from batchsd.types import Record, Request, Shard, Sink
 

@@ -19,14 +19,16 @@ from fakes import lanes
 from PIL import Image
 
 from batchsd import plugins
-from batchsd.drive import Stop, drive
+from batchsd.bench import Workbench
+from batchsd.drive import drive
+from batchsd.executor import InProcess
 from batchsd.job import Job, load
 from batchsd.ledger import Ledger
 from batchsd.marker import Tally, sum_of
 from batchsd.prepare import Prepared, prepare
 from batchsd.recipe import Recipe, sink_of
 from batchsd.revise import Beginning, begin_run
-from batchsd.run import InProcess, Workbench
+from batchsd.stop import Stop
 from batchsd.store import LocalStore, Store
 from batchsd.types import Record, Request
 

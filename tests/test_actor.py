@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 
 import pytest
 from fakes import shards_of, workbench
 
-from batchsd.actor import Failed, Outbox, Ready, Worker
-from batchsd.run import Ticket, Workbench
+from batchsd.actor import Failed, Outbox, Pulse, Ready, Started, Worker
+from batchsd.bench import Ticket, Workbench
 from batchsd.store import LocalStore
 from batchsd.types import BatchsdError, InfrastructureError, Progress, ShardResult, UsageError
 
@@ -31,13 +32,25 @@ def test_waiting_progress_is_merged_and_nothing_is_lost() -> None:
     ]
 
 
+def test_a_pulse_is_sent_where_nothing_else_is_to_be_said() -> None:
+    outbox = Outbox()
+    outbox.put(Pulse())
+    outbox.put(Pulse())
+    outbox.put(Progress(SHARDS[0], 1, 0, good=3))
+    outbox.put(Progress(SHARDS[0], 0, 1))
+    outbox.put(Pulse())
+    outbox.end()
+    assert list(outbox) == [Pulse(), Progress(SHARDS[0], 1, 1, good=3)]
+
+
 def test_a_worker_says_ready_then_draws_its_tickets(tmp_path: Path) -> None:
     worker = Worker(partial(workbench, LocalStore(tmp_path)), threads=1)
     for shard in SHARDS:
         worker.feed(Ticket(shard, f"nonce{shard.index}"))
     worker.feed(None)
-    first, *events = worker.work()
-    assert first == Ready()
+    started, ready, *events = worker.work()
+    assert isinstance(started, Started) and started.pid == os.getpid()
+    assert ready == Ready()
     done = [event for event in events if isinstance(event, ShardResult)]
     assert {result.shard for result in done} == set(SHARDS)
     assert sum(event.ok for event in events if isinstance(event, Progress)) == 12
@@ -58,7 +71,7 @@ def test_an_error_travels_as_words(
     def build() -> Workbench:
         raise error
 
-    (said,) = list(Worker(build, threads=1).work())
+    _, said = list(Worker(build, threads=1).work())
     assert isinstance(said, Failed)
     assert (said.kind, said.message) == (kind, message)
     assert "Traceback" in said.log

@@ -16,9 +16,11 @@ import pytest
 from fakes import draw, expected, lanes, published, run_all, shards_of, workbench
 
 from batchsd import plugins
-from batchsd.cluster import Cluster, RayActors
+from batchsd.bench import Source, Workbench
+from batchsd.cluster import Cluster, RayActors, Reserve
+from batchsd.deadlines import Patience
+from batchsd.executor import Dispatcher, Executor
 from batchsd.ledger import Ledger
-from batchsd.run import Dispatcher, Executor, Source, Workbench
 from batchsd.store import LocalStore
 from batchsd.types import (
     Event,
@@ -46,8 +48,8 @@ def cluster() -> Iterator[Cluster]:
     ours.close()
 
 
-def actors(build: Callable[[], Workbench], workers: int = 2) -> RayActors:
-    return RayActors(build, workers, {"num_cpus": 1, "num_gpus": 0}, 1, lambda text: None)
+def actors(build: Callable[[], Workbench], workers: int = 2, seconds: float = 60) -> RayActors:
+    return RayActors(build, workers, Reserve(), lambda text: None, Patience(seconds, seconds))
 
 
 def signing(pids: Path, sources: Iterable[Source | None]) -> Iterator[tuple[Shard, Record]]:
@@ -79,6 +81,8 @@ class Killer:
 
 
 class WithKiller:
+    inside = False
+
     def __init__(self, inner: Executor, pids: Path, shard: int) -> None:
         self.workers = inner.workers
         self._inner, self._pids, self._shard = inner, pids, shard
@@ -104,21 +108,28 @@ def test_an_actor_killed_in_a_shard(cluster: Cluster, tmp_path: Path) -> None:
     assert "the worker's process was killed or crashed" in line
 
 
-def dies_at(key: str, sources: Iterable[Source | None]) -> Iterator[tuple[Shard, Record]]:
+def with_poison(kills: str, hangs: str, sources: Iterable[Source | None]) -> Iterator[tuple[Shard, Record]]:
     def record(request: Request) -> Record:
-        if request.key == key:
+        if request.key == kills:
             time.sleep(0.3)  # a real network call takes as long: what was announced has left by then
             os.kill(os.getpid(), signal.SIGKILL)
+        if request.key == hangs:
+            time.sleep(600)
         return draw(request)
 
-    return lanes(sources, width=1, record=record)
+    return lanes(sources, width=2, record=record)
 
 
-def test_a_row_that_kills_its_process_is_named(cluster: Cluster, tmp_path: Path) -> None:
-    store = LocalStore(tmp_path)
-    with pytest.raises(InfrastructureError, match=r"train-00002-of-00004 failed 3 times.*in flight: row13\)"):
-        run_all(store, SHARDS, executor=actors(partial(workbench, store, partial(dies_at, "row13")), 1))
-    assert Ledger(store).tally().done >= {0, 1}
+def test_rows_that_kill_or_hang_their_worker_become_error_rows(cluster: Cluster, tmp_path: Path) -> None:
+    store, said = LocalStore(tmp_path), []
+    build = partial(workbench, store, partial(with_poison, "row13", "row3"))
+    run_all(store, SHARDS, executor=actors(build, seconds=3), max_failed=2, log=said.append)
+    rows = dict(published(tmp_path))
+    assert len(rows) == len(published(tmp_path)) == 24
+    assert [key for key, picture in rows.items() if picture is None] == ["row3", "row13"]
+    assert rows.items() >= {pair for pair in expected(SHARDS) if pair[0] not in ("row3", "row13")}
+    assert [dict(marker.failed) for marker in Ledger(store).markers()] == [{"timeout": 1}, {}, {"crashed": 1}, {}]
+    assert sum("given up" in line for line in said) == 2
 
 
 def refuses() -> Workbench:
@@ -132,6 +143,13 @@ def crashes() -> Workbench:
 def test_a_users_error_in_an_actor_is_the_users(cluster: Cluster, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^unet: 3 tensors unused, first 'time_embed.4.bias'$"):
         run_all(LocalStore(tmp_path), SHARDS, executor=actors(refuses, 1))
+
+
+def test_workers_that_never_come_end_the_run(cluster: Cluster, tmp_path: Path) -> None:
+    said: list[str] = []
+    executor = RayActors(refuses, 1, Reserve(cpus=64, wait=3), said.append)
+    with pytest.raises(InfrastructureError, match=r"no worker in 3 s \(ray.wait\): each wants 64 CPU; .* 2 CPU"):
+        run_all(LocalStore(tmp_path), SHARDS, executor=executor)
 
 
 def test_actors_that_cannot_start_end_the_run(cluster: Cluster, tmp_path: Path) -> None:

@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 from fakes import draw, expected, lanes, plan_of, published, run_all, shards_of, workbench
 
-from batchsd.drive import Drive, Stop, Stopped, TooManyFailed, deadline_of, drive
+from batchsd import retrying
+from batchsd.bench import Ticket, Trial
+from batchsd.dispatch import Drive
+from batchsd.drive import drive
+from batchsd.executor import InProcess, Loss
 from batchsd.ledger import Ledger, Tally
-from batchsd.run import InProcess
+from batchsd.stop import Stop, Stopped, TooManyFailed, deadline_of
 from batchsd.store import LocalStore
-from batchsd.types import InfrastructureError, Progress, Record, Request, Shard
+from batchsd.types import InfrastructureError, Progress, Record, Request, Shard, Tried
 
 SHARDS = shards_of(8, 4)
 
@@ -23,7 +27,11 @@ SHARDS = shards_of(8, 4)
 def driver(root: Path, workers: int, shards: list[Shard] = SHARDS) -> Drive:
     ledger = Ledger(LocalStore(root))
     plan = ledger.begin(plan_of(shards))
-    return Drive(ledger, plan, Tally(), shards, workers, 0, lambda at: None, Stop(1), lambda text: None)
+    known = {shard.index: shard for shard in shards}
+    return Drive(ledger, plan, Tally(), known, shards, workers, 0, lambda at: None, Stop(1), lambda text: None)
+
+
+KILLED = Loss("crashed", "killed")
 
 
 def take_all(drive: Drive, worker: int) -> list[int]:
@@ -52,25 +60,96 @@ def test_every_shard_is_given_once_whoever_asks(tmp_path: Path, workers: int) ->
 def test_a_lost_worker_gives_its_tickets_back_under_new_nonces(tmp_path: Path) -> None:
     drive = driver(tmp_path, workers=1)
     before = [drive.take(0), drive.take(0)]
-    drive.lost(0, "killed", "")
+    drive.lost(0, KILLED)
     after = [drive.take(0), drive.take(0)]
     assert [t.shard for t in before if t] == [t.shard for t in after if t] == SHARDS[:2]
     assert not {t.nonce for t in before if t} & {t.nonce for t in after if t}
 
 
-def test_only_shards_that_were_begun_are_blamed(tmp_path: Path) -> None:
+def test_only_shards_that_were_begun_are_blamed_and_wait_for_their_trial(tmp_path: Path) -> None:
+    drive = driver(tmp_path, workers=1)
+    drive.take(0), drive.take(0)
+    drive.handle(0, Progress(SHARDS[0], 1, 0, ("row1", "row2"), (1, 2), good=0))
+    drive.lost(0, KILLED)
+    assert drive.take(0) == Trial(SHARDS[0], 0), "a row that is known to be good comes first"
+    assert drive.take(0) is None, "nothing else while a row is on trial"
+    drive.handle(0, Tried(SHARDS[0], 0, ok=True))
+    for row in (1, 2):
+        assert drive.take(0) == Trial(SHARDS[0], row)
+        drive.handle(0, Tried(SHARDS[0], row, ok=True))
+    assert take_all(drive, 0) == list(range(8)), "the shard that was held back, then the others"
+    (log,) = (tmp_path / "__batchsd/logs").iterdir()
+    assert log.name.startswith("00000.1.") and "row1, row2" in log.read_text()
+
+
+def test_a_shard_whose_workers_die_of_no_row_alone_ends_the_run_by_name(tmp_path: Path) -> None:
+    drive = driver(tmp_path, workers=1, shards=shards_of(1, 4))
+    alone = []
+    with pytest.raises(InfrastructureError, match=r"train-00000-of-00001 failed 5 times, with no row to blame.*row1"):
+        for _ in range(6):
+            while isinstance(order := drive.take(0), Trial):
+                drive.handle(0, Tried(order.shard, order.row, ok=True))
+            assert isinstance(order, Ticket)
+            alone.append(order.alone)
+            drive.handle(0, Progress(order.shard, 1, 0, ("row1",), (1,)))
+            drive.lost(0, KILLED)
+    assert alone == [False, False, False, True, False], "once with its rows one at a time: they may die of each other"
+
+
+def condemned(drive: Drive, row: int, loss: Loss = KILLED) -> None:
+    """Let a row of shard 0 die as often as it takes, with a good row each time before."""
+    drive.take(0), drive.take(0)
+    drive.handle(0, Progress(SHARDS[0], 1, 0, ("x",), (row,), good=0))
+    drive.lost(0, loss)
+    for _ in range(3):
+        assert drive.take(0) == Trial(SHARDS[0], 0)
+        drive.handle(0, Tried(SHARDS[0], 0, ok=True))
+        assert drive.take(0) == Trial(SHARDS[0], row)
+        drive.lost(0, loss)
+
+
+def test_a_row_that_dies_alone_three_times_is_given_up(tmp_path: Path) -> None:
+    drive = driver(tmp_path, workers=1)
+    condemned(drive, 3)
+    ticket = drive.take(0)
+    assert isinstance(ticket, Ticket) and ticket.shard == SHARDS[0]
+    assert {row: status for row, (status, _) in ticket.condemned.items()} == {3: "crashed"}
+    assert "3 times" in ticket.condemned[3][1] and "killed" in ticket.condemned[3][1]
+
+
+def test_another_driver_knows_the_verdict_and_the_cases(tmp_path: Path) -> None:
+    first = driver(tmp_path, workers=1)
+    condemned(first, 3, Loss("timeout", "silent"))
+    first.take(0), first.take(0)
+    first.handle(0, Progress(SHARDS[1], 0, 0, ("y",), (2,)))
+    first.lost(0, KILLED)
+    second = driver(tmp_path, workers=1)
+    assert second.take(0) == Trial(SHARDS[0], 0)
+    second.handle(0, Tried(SHARDS[0], 0, ok=True))
+    assert second.take(0) == Trial(SHARDS[1], 2)
+    second.handle(0, Tried(SHARDS[1], 2, ok=True))
+    tickets = [second.take(0), second.take(0)]
+    verdicts = {t.shard.index: {r: v[0] for r, v in t.condemned.items()} for t in tickets if isinstance(t, Ticket)}
+    assert verdicts == {0: {3: "timeout"}, 1: {}}
+
+
+@pytest.mark.parametrize("kind", ["node", "storage"])
+def test_a_node_that_dies_and_a_disk_that_fails_accuse_no_row(
+    tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrying, "WAITS", (0.0, 0.0))
     drive = driver(tmp_path, workers=1)
     for _ in range(2):
         drive.take(0), drive.take(0)
-        drive.handle(0, Progress(SHARDS[0], 1, 0, ("row1", "row2")))
-        drive.lost(0, "killed", "")
-    drive.take(0), drive.take(0)
-    drive.handle(0, Progress(SHARDS[1], 1, 0, ("row5",)))
-    drive.lost(0, "killed", "")  # the third death, but only the second shard's first
-    drive.take(0), drive.take(0)
-    drive.handle(0, Progress(SHARDS[0], 1, 0, ("row1", "row2")))
-    with pytest.raises(InfrastructureError, match=r"train-00000-of-00008 failed 3 times.*row1, row2"):
-        drive.lost(0, "killed", "")
+        drive.handle(0, Progress(SHARDS[0], 1, 0, ("row1", "row2"), (1, 2), good=0))
+        drive.lost(0, Loss(kind, "gone"))
+    assert not drive.suspects.cases
+    drive.take(0)
+    if kind == "node":
+        drive.lost(0, Loss(kind, "gone"))
+    else:
+        with pytest.raises(InfrastructureError, match=r"gone \(3 tries\)"):
+            drive.lost(0, Loss(kind, "gone"))
 
 
 def test_progress_of_a_lost_attempt_is_taken_back(tmp_path: Path) -> None:
@@ -78,7 +157,7 @@ def test_progress_of_a_lost_attempt_is_taken_back(tmp_path: Path) -> None:
     drive.take(0)
     drive.handle(0, Progress(SHARDS[0], 2, 1))
     assert (drive.snapshot().done, sum(drive.snapshot().failed.values())) == (3, 1)
-    drive.lost(0, "killed", "")
+    drive.lost(0, KILLED)
     assert (drive.snapshot().done, sum(drive.snapshot().failed.values())) == (0, 0)
 
 

@@ -27,8 +27,10 @@ from fakes import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from batchsd.bench import Drained, Ticket
+from batchsd.executor import InProcess
 from batchsd.ledger import Ledger
-from batchsd.run import Drained, InProcess, Ticket, work
+from batchsd.run import work
 from batchsd.store import LocalStore
 from batchsd.types import Event, InfrastructureError, Record, ShardResult, UsageError
 
@@ -255,7 +257,7 @@ def test_a_worker_that_hands_in_after_the_end_changes_nothing(tmp_path: Path) ->
     next(late)
     run_all(store, SHARDS)
     with data_unchanged(tmp_path):
-        with pytest.raises(OSError):
+        with pytest.raises(InfrastructureError, match=r"00001\.late"):
             list(late)
 
 

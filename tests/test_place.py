@@ -53,7 +53,7 @@ def test_an_address_that_is_no_driver_s_is_refused() -> None:
     ],
 )
 def test_the_crew_fits_what_is_there(workers, each, device, resources, crew) -> None:
-    found, short = size_crew(workers, each, device, resources)
+    found, short = size_crew(workers, each, device, resources, grows=False)
     assert (found.workers, found.gpus, found.cpus, found.threads, found.device) == crew
     assert short == ""
     assert found.workers * found.gpus <= resources.get("GPU", 0)
@@ -61,15 +61,26 @@ def test_the_crew_fits_what_is_there(workers, each, device, resources, crew) -> 
 
 
 def test_fewer_workers_than_asked_are_said() -> None:
-    crew, short = size_crew(4, 1, "auto", {"CPU": 16, "GPU": 2})
+    crew, short = size_crew(4, 1, "auto", {"CPU": 16, "GPU": 2}, grows=False)
     assert crew.workers == 2 and "ray.workers = 4" in short and "room for 2" in short
-    crew, short = size_crew(4, 1, "cpu", {"CPU": 3})
+    crew, short = size_crew(4, 1, "cpu", {"CPU": 3}, grows=False)
     assert crew.workers == 3 and "room for 3" in short
+
+
+def test_a_cluster_that_grows_is_taken_at_its_word() -> None:
+    crew, short = size_crew(4, 1, "cuda", {"CPU": 16, "GPU": 2}, grows=True)
+    assert (crew.workers, crew.gpus) == (4, 1) and "room for 2" in short
+    crew, _ = size_crew(3, 1, "cuda", {"CPU": 2}, grows=True)
+    assert (crew.workers, crew.gpus, crew.threads) == (3, 1, 1)
+    crew, _ = size_crew("auto", 1, "cuda", {"CPU": 2, "GPU": 2}, grows=True)
+    assert crew.workers == 2
+    with pytest.raises(InfrastructureError, match="has 0"):
+        size_crew("auto", 1, "cuda", {"CPU": 8}, grows=True)
 
 
 def test_a_gpu_that_is_not_there_is_an_error_not_a_wait() -> None:
     with pytest.raises(InfrastructureError, match="needs 1 GPU .* has 0"):
-        size_crew("auto", 1, "cuda", {"CPU": 8})
+        size_crew("auto", 1, "cuda", {"CPU": 8}, grows=False)
 
 
 def test_torch_is_not_asked_without_a_gpu_s_device_file(tmp_path: Path) -> None:

@@ -173,8 +173,9 @@ def test_a_late_driver_changes_nothing(job: Job, tmp_path: Path) -> None:
     """It drew a shard, was stopped before its marker, and goes on after others committed and revised it."""
     from null_model import bench, draw
 
+    from batchsd.bench import Drained, Ticket
     from batchsd.prepare import prepare
-    from batchsd.run import Drained, Ticket, work
+    from batchsd.run import work
     from batchsd.types import ShardResult
 
     (prepared,) = prepare(job, 1, False)

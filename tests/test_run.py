@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,13 @@ from fakes import (
     workbench,
 )
 
+from batchsd.bench import Drained, Ticket, Workbench
+from batchsd.executor import InProcess
 from batchsd.ledger import Ledger
-from batchsd.run import Drained, InProcess, Ticket, Workbench, check_staged, work
+from batchsd.run import work
 from batchsd.store import LocalStore
 from batchsd.types import InfrastructureError, Progress, Record, Request, Shard, ShardResult, UsageError
+from batchsd.writer import check_staged
 
 SHARDS = shards_of(4, 6)
 
@@ -197,25 +201,52 @@ def test_a_worker_that_fails_is_built_anew_and_the_marker_says_so(tmp_path: Path
     assert Ledger(store).tally().ok == 24
     assert [m.attempt for m in Ledger(store).markers()][1] == 2
     assert "train-00001-of-00004: attempt 1 failed" in said[0] and "the device is gone" in said[0]
-    (log,) = (tmp_path / "__batchsd/attempts").glob("00001.1.*.txt")
+    (log,) = (tmp_path / "__batchsd/logs").glob("00001.1.*.txt")
     assert "Traceback" in log.read_text() and "row8" in log.read_text()
 
 
-def test_a_shard_that_fails_three_times_ends_the_run_by_name(tmp_path: Path) -> None:
+def test_a_row_that_makes_the_engine_raise_becomes_an_error_row(tmp_path: Path) -> None:
     def record(request: Request) -> Record:
         if request.key == "row8":
             raise RuntimeError("the device is gone")
         return draw(request)
 
+    run_all(LocalStore(tmp_path / "whole"), SHARDS)
+    store, said = LocalStore(tmp_path / "run"), []
+    run_all(store, SHARDS, partial(lanes, record=record), max_failed=1, log=said.append)
+    rows = published(tmp_path / "run")
+    assert [row for row in rows if row[0] != "row8"] == [row for row in expected(SHARDS) if row[0] != "row8"]
+    assert ("row8", None) in rows
+    for name in ("00000", "00002", "00003"):
+        path = f"data/train-{name}-of-00004.parquet"
+        assert (tmp_path / "run" / path).read_bytes() == (tmp_path / "whole" / path).read_bytes()
+    assert json.loads((tmp_path / "run/__batchsd/SUCCESS.json").read_text())["failed"] == {"error": 1}
+    assert any("row 2, alone: given up, its status is error" in line for line in said)
+    logs = [path.read_text() for path in (tmp_path / "run/__batchsd/logs").glob("00001.*")]
+    assert len(logs) == 4 and all("the device is gone" in log for log in logs)
+    assert list((tmp_path / "run/__batchsd/suspects").iterdir()) == []
+
+
+def test_rows_that_fall_only_together_are_drawn_one_by_one(tmp_path: Path) -> None:
+    flying: set[str] = set()
+
+    def generate(sources: Any) -> Any:
+        for shard, record in lanes(sources):
+            flying.discard(record.request.key)
+            yield shard, record
+
+    def read(shard: Shard) -> Iterator[Request]:
+        for request in read_rows(shard):
+            flying.add(request.key)
+            if {"row8", "row9"} <= flying:
+                flying.clear()
+                raise RuntimeError("too much at once")
+            yield request
+
     store = LocalStore(tmp_path)
-    with pytest.raises(InfrastructureError) as error:
-        run_all(store, SHARDS, partial(lanes, record=record, width=1))
-    text = str(error.value)
-    assert "train-00001-of-00004 failed 3 times; last: RuntimeError: the device is gone" in text
-    assert "rows in flight: row8" in text
-    assert Ledger(store).tally().done == {0}, "what is committed stays"
-    status = json.loads((tmp_path / "__batchsd/status.json").read_text())
-    assert (status["state"], status["exit_code"]) == ("failed", 3)
+    bench = workbench(store, generate)
+    run_all(store, SHARDS, executor=InProcess(lambda: replace(bench, read=read)))
+    assert published(tmp_path) == expected(SHARDS)
 
 
 def test_a_worker_that_cannot_start_ends_the_run_after_three_tries(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from fakes import plan_of, run_all, shards_of
 
-from batchsd.drive import Stop, Stopped
 from batchsd.ledger import Ledger
 from batchsd.lock import LOCK, here
 from batchsd.status import read_status
+from batchsd.stop import Stop, Stopped
 from batchsd.store import LocalStore
 from batchsd.types import UsageError
 

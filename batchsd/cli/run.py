@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 import click
 
 from batchsd.cli.options import date_option, load_job, set_option
-from batchsd.cli.terminal import Display, say, signals
+from batchsd.cli.terminal import Display, end, say, signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from batchsd.drive import Stop
     from batchsd.job import Job
     from batchsd.lock import Lock
     from batchsd.place import Place
     from batchsd.prepare import Prepared
     from batchsd.revise import Beginning
+    from batchsd.stop import Stop
 
     Begin = Callable[[Sequence[Prepared]], list[Beginning]]
 
@@ -87,12 +87,12 @@ def retry(run_folder: str, local: bool, address: str | None) -> None:
 
 def carry_out(job: Job, address: str | None, limit: int | None, begin: Begin) -> None:
     """Plan, begin and drive a run to its end. `begin` is called by the holder of the folder's lock."""
-    from batchsd.drive import Stop, deadline_of
     from batchsd.job import fetch_models
     from batchsd.ledger import Ledger
     from batchsd.lock import Lock
     from batchsd.place import choose_place
     from batchsd.prepare import prepare
+    from batchsd.stop import Stop, deadline_of
     from batchsd.store import open_store
     from batchsd.summary import complete
 
@@ -122,8 +122,9 @@ def carry_out(job: Job, address: str | None, limit: int | None, begin: Begin) ->
 
 def draw(begun: Sequence[Beginning], place: Place, stop: Stop, lock: Lock) -> str:
     """Drive the plans that are not complete, one after the other; give the last line for people."""
-    from batchsd.drive import check_failed, drive
+    from batchsd.drive import drive
     from batchsd.marker import sum_of
+    from batchsd.stop import check_failed
     from batchsd.summary import made, to_do
 
     place.check_nodes(begun[-1].prepared.recipe)
@@ -135,7 +136,7 @@ def draw(begun: Sequence[Beginning], place: Place, stop: Stop, lock: Lock) -> st
             if beginning.complete:
                 totals.append(beginning.tally)
                 continue
-            executor = place.executor(part.recipe, display.log)
+            executor = place.executor(part.recipe, display.log, end)
             limits = (stop, part.max_failed, display.show, display.log, lock.check, beginning.revisions)
             totals.append(drive(part.ledger, part.plan, beginning.tally, part.shards, executor, *limits))
     for beginning, total in zip(begun, totals, strict=True):

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from batchsd.drive import Stop
     from batchsd.progress import Snapshot
+    from batchsd.stop import Stop
 
 LOG_EVERY = 10.0  # seconds, where there is no terminal
 
@@ -65,20 +65,53 @@ class Display:
 
 @contextmanager
 def signals(stop: Stop) -> Iterator[None]:
-    """The first signal asks for a clean stop, the second ends the process at once."""
+    """The first signal asks for a clean stop; the second, or the end of the grace, stops wherever the process is.
+
+    A timer sees to `run.deadline` and the grace: between two rows on a slow machine nobody else may look for hours.
+    """
+    from batchsd.stop import AtOnce
+
     codes = {signal.SIGINT: ("Ctrl-C", 130), signal.SIGTERM: ("SIGTERM", 75), signal.SIGUSR1: ("SIGUSR1", 75)}
+    asked_twice = False
 
     def handle(number: int, frame: Any) -> None:
+        nonlocal asked_twice
         name, code = codes[signal.Signals(number)]
+        if asked_twice:
+            os._exit(code)
         if stop.asked:
-            raise SystemExit(code)
+            asked_twice = True
+            raise AtOnce
         stop.ask(name, code)
-        text = f"{name}: stopping after the shards in flight, {stop.grace:g} s at most (again: at once)\n"
+        begin_to_end()
+
+    def begin_to_end() -> None:
+        signal.setitimer(signal.ITIMER_REAL, stop.grace + 1)
+        text = f"{stop.reason}: stopping after the shards in flight, {stop.grace:g} s at most (again: at once)\n"
         os.write(sys.stderr.fileno(), text.encode())  # print itself may have been interrupted
 
+    def alarm(number: int, frame: Any) -> None:
+        if stop.overdue:
+            raise AtOnce
+        if stop.asked:
+            begin_to_end()
+
     before = {number: signal.signal(number, handle) for number in codes}
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, alarm)
+    if stop.deadline is not None:
+        signal.setitimer(signal.ITIMER_REAL, max(0.01, stop.deadline - time.time() + 0.01))
     try:
         yield
+    except AtOnce:
+        raise stop.error() from None
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def end(reason: str) -> None:
+    """End this process from a thread, whatever its other threads hang in."""
+    say(f"batchsd: {reason}")
+    sys.stderr.flush()
+    os._exit(3)
