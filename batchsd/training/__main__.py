@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from batchsd.training import stages
-from batchsd.training.config import Scenes, load_config
+from batchsd.training import depth, stages
+from batchsd.training.config import DepthConfig, Scenes, load_config
 from batchsd.training.data import load_pictures
 from batchsd.training.dataset import write_dataset
 from batchsd.types import BatchsdError
@@ -41,10 +41,10 @@ def run(path: Path) -> None:
         log(f"drew {config.scenes.count} scenes")
     pictures = load_pictures(config.pictures)
     log(f"{len(pictures)} pictures from {config.pictures}")
-    text = stages.text_encoder(config, pictures, log)
-    vae = stages.autoencoder(config, pictures, log)
-    unet, average = stages.denoiser(config, pictures, vae, text, log)
-    stages.write(config, vae, text, unet, average)
+    if isinstance(config, DepthConfig):
+        depth.tune(config, pictures, log)
+    else:
+        stages.from_nothing(config, pictures, log)
     log(f"wrote {config.output}")
 
 

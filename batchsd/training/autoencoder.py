@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -59,6 +60,15 @@ def encode_all(vae: AutoencoderKL, pictures: Pictures, batch_size: int = 64) -> 
         parts.append((posterior.mean_BCHW, torch.exp(0.5 * posterior.logvar_BCHW)))
     means, deviations = zip(*parts, strict=True)
     return torch.cat(means), torch.cat(deviations)
+
+
+def encoded(file: Path, vae: AutoencoderKL, pictures: Pictures) -> tuple[Tensor, Tensor]:
+    """Every picture's posterior (see `encode_all`), kept in `file`: encoding takes minutes."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(encode_all(vae, pictures), file)
+    means, stds = torch.load(file, weights_only=True)
+    return means, stds
 
 
 @torch.no_grad()

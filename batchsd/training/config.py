@@ -68,30 +68,50 @@ class Scenes(_Section):
     size: int = 64
 
 
-class TrainingConfig(_Section):
-    """The whole run. `pictures` is a Parquet of (image, caption); `work` keeps the states; `output` is made last."""
+class DepthStage(Stage):
+    """How a text model learns to follow depth; `holds` says what the numbers of the `depth` column mean."""
+
+    caption_dropout: float = 0.1
+    holds: Literal["distance", "nearness"] = "nearness"
+
+
+class _Run(_Section):
+    """`pictures` is a Parquet of (image, caption); `work` keeps the states; `output` is made last."""
 
     pictures: Path
     work: Path
     output: Path
-    autoencoder: AutoencoderStage
-    text: TextStage
-    unet: DenoiserStage
     threads: int = 0
     scenes: Scenes | None = None
 
 
-def load_config(path: Path) -> TrainingConfig:
-    """Reads the TOML; paths are relative to the file. Raises `UsageError` naming file and key."""
+class TrainingConfig(_Run):
+    """A model from nothing."""
+
+    autoencoder: AutoencoderStage
+    text: TextStage
+    unet: DenoiserStage
+
+
+class DepthConfig(_Run):
+    """A depth model made of the text model `base`; `pictures` has a column `depth` too."""
+
+    base: Path
+    depth: DepthStage
+
+
+def load_config(path: Path) -> TrainingConfig | DepthConfig:
+    """Reads the TOML; paths are relative to the file; with a `base` it tunes that. Raises `UsageError`: file, key."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{path}: not readable as TOML ({error})") from None
     try:
-        config = TrainingConfig.model_validate(values)
+        config = (DepthConfig if "base" in values else TrainingConfig).model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UsageError(f"{path}: {key}: {first['msg']}") from None
-    places = {name: path.parent / getattr(config, name) for name in ("pictures", "work", "output")}
+    paths = ("pictures", "work", "output", "base")
+    places = {name: path.parent / getattr(config, name) for name in paths if name in type(config).model_fields}
     return config.model_copy(update=places)

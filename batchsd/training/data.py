@@ -72,9 +72,13 @@ def load_pictures(path: Path) -> Pictures:
     )
 
 
+def content_of(value: Any) -> bytes:
+    """An image column's file bytes: a struct of bytes and path, or the bytes themselves."""
+    return value["bytes"] if isinstance(value, Mapping) else value
+
+
 def _decode(value: Any, mode: str) -> np.ndarray:
-    content = value["bytes"] if isinstance(value, Mapping) else value
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content_of(value))) as image:
         return np.array(image if image.mode == mode else image.convert(mode))
 
 

@@ -7,8 +7,8 @@ the same network learns the unconditional prediction that classifier-free guidan
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,15 @@ class Latents:
         return self.means_NCHW[index] + self.stds_NCHW[index] * noise
 
 
+Beside = Callable[[Tensor, Tensor], Tensor]
+"""Noisy latents B C h w and the numbers of their pictures -> what the network is given: more channels, or not."""
+
+
+def latents_alone(noisy_BCHW: Tensor, index: Tensor) -> Tensor:
+    """A text model sees the noisy latents and nothing else."""
+    return noisy_BCHW
+
+
 def noise_prediction_loss(
     unet: UNet,
     text: TextEncoder,
@@ -49,6 +58,7 @@ def noise_prediction_loss(
     schedule: NoiseSchedule,
     batch_size: int,
     caption_dropout: float = 0.1,
+    beside: Beside = latents_alone,
 ) -> Loss:
     """The loss of random batches, for `loop.train`. Prediction type as the schedule says."""
     ids_NT = text.ids(captions)
@@ -62,7 +72,8 @@ def noise_prediction_loss(
         t_B = stratified_timesteps(batch_size, total, generator)
         drop_B = torch.rand(batch_size, generator=generator) < caption_dropout
         context_BTD = text(torch.where(drop_B[:, None], empty_1T, ids_NT[index]))
-        predicted = unet(schedule.add_noise(x0_BCHW, noise_BCHW, t_B), t_B, context_BTD)
+        given = beside(schedule.add_noise(x0_BCHW, noise_BCHW, t_B), index)
+        predicted = unet(given, t_B, context_BTD)
         value = F.mse_loss(predicted, schedule.target(x0_BCHW, noise_BCHW, t_B))
         return value, {"loss": value.item()}
 
@@ -73,3 +84,14 @@ def stratified_timesteps(batch_size: int, total: int, generator: torch.Generator
     """One timestep from each of `batch_size` equal parts of 0..total-1: uniform, and calmer than free draws."""
     way_B = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
     return (way_B * total).long().clamp(max=total - 1)
+
+
+@torch.no_grad()
+def widened(unet: UNet, extra: int) -> UNet:
+    """The U-Net with `extra` more input channels, whose weights are zero: it still predicts what it did."""
+    wide = UNet(replace(unet.config, in_channels=unet.config.in_channels + extra))
+    state = dict(unet.state_dict())
+    weight = state["conv_in.weight"]
+    state["conv_in.weight"] = torch.cat([weight, weight.new_zeros(len(weight), extra, *weight.shape[2:])], dim=1)
+    wide.load_state_dict(state)
+    return wide.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -115,6 +115,18 @@ def export(
     _write_weights(folder / "text_encoder" / "model.safetensors", text[1])
 
 
+def export_variant(folder: Path, base: Path, pipeline: str, unet: tuple[UNetConfig, Mapping[str, Tensor]]) -> None:
+    """Writes the folder anew: another U-Net, all other parts the files of `base`; `pipeline` is diffusers' class."""
+    index = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
+    unwanted = ("safety_checker", "requires_safety_checker")
+    index = {name: value for name, value in index.items() if name not in unwanted} | {"_class_name": pipeline}
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("unet"))
+    _write_json(folder / "model_index.json", index)
+    _write_json(folder / "unet" / "config.json", unet_json(unet[0]))
+    _write_weights(folder / "unet" / "diffusion_pytorch_model.safetensors", unet[1])
+
+
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from batchsd.model.config import UNetConfig, VAEConfig
 from batchsd.model.text import TextEncoder
 from batchsd.model.unet import UNet
 from batchsd.model.vae import AutoencoderKL
-from batchsd.training.autoencoder import encode_all, normalise_latents, reconstruction_loss
+from batchsd.training.autoencoder import encode_all, encoded, normalise_latents, reconstruction_loss
 from batchsd.training.config import TrainingConfig
 from batchsd.training.data import Pictures
 from batchsd.training.denoiser import Denoiser, Latents, noise_prediction_loss
@@ -30,6 +29,14 @@ from batchsd.training.text import Heads, attribute_labels, attribute_loss, new_t
 from batchsd.training.tokenizer import write_tokenizer
 
 Log = Callable[[str], None]
+
+
+def from_nothing(config: TrainingConfig, pictures: Pictures, log: Log) -> None:
+    """All stages in order, and the checkpoint folder."""
+    text = text_encoder(config, pictures, log)
+    vae = autoencoder(config, pictures, log)
+    unet, average = denoiser(config, pictures, vae, text, log)
+    write(config, vae, text, unet, average)
 
 
 def autoencoder(config: TrainingConfig, pictures: Pictures, log: Log) -> AutoencoderKL:
@@ -105,14 +112,6 @@ def denoiser(
     )
     state_file = config.work / "denoiser.state"
     return unet, train(Denoiser(unet, text.model), loss, how.optimisation(), state_file, log)
-
-
-def encoded(file: Path, vae: AutoencoderKL, pictures: Pictures) -> tuple[Tensor, Tensor]:
-    """Every picture's posterior, kept in `file`: encoding takes minutes."""
-    if not file.exists():
-        torch.save(encode_all(vae, pictures), file)
-    means, stds = torch.load(file, weights_only=True)
-    return means, stds
 
 
 def write(config: TrainingConfig, vae: AutoencoderKL, text: TextEncoder, unet: UNet, average: Any) -> None:
