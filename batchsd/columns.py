@@ -37,7 +37,7 @@ RESOLVED: Mapping[str, pa.DataType] = {
 }
 """What a row may ask, as used. A manifest may hold all but `repeat_index`."""
 
-MADE: Mapping[str, pa.DataType] = {
+MADE: dict[str, pa.DataType] = {
     "image": IMAGE_TYPE,
     "status": pa.string(),
     "error": pa.string(),
@@ -46,6 +46,11 @@ MADE: Mapping[str, pa.DataType] = {
     "batchsd": pa.string(),
 }
 """What only the run can know."""
+
+ON_REQUEST: Mapping[str, tuple[pa.DataType, Callable[[Job], bool]]] = {
+    "estimated_depth": (IMAGE_TYPE, lambda job: job.conditioning.keep_depth),
+}
+"""What tasks make on the way (`Record.made`), and whether a job wants it as a column."""
 
 INPUT_COLUMNS = (*(name for name in RESOLVED if name != "repeat_index"), "id", "strength")
 IMAGE_INPUTS = ("init_image", "depth", "mask", "control_image")
@@ -87,7 +92,8 @@ def travelling(manifest_schema: pa.Schema, job: Job) -> list[str]:
 def layout(manifest_schema: pa.Schema, job: Job) -> list[Column]:
     """The output's columns in order. Raises UsageError where a rename is unknown or two bear one name."""
     renames = job.output.columns
-    known = {*RESOLVED, *MADE, *INPUT_COLUMNS, *IMAGE_INPUTS, *job.input.columns, *manifest_schema.names}
+    made = MADE | {name: kind for name, (kind, wanted) in ON_REQUEST.items() if wanted(job)}
+    known = {*RESOLVED, *made, *INPUT_COLUMNS, *IMAGE_INPUTS, *job.input.columns, *manifest_schema.names}
     for ours in renames:
         if ours not in known:
             raise UsageError(f"{job.where('output.columns')}: no column {ours!r}{suggestion(ours, known)}")
@@ -95,7 +101,7 @@ def layout(manifest_schema: pa.Schema, job: Job) -> list[Column]:
         _manifest_column(manifest_schema.field(name), job) for name in travelling(manifest_schema, job)
     ]
     placed = {column.ours for column in columns}
-    for ours, kind in {**RESOLVED, **MADE}.items():
+    for ours, kind in {**RESOLVED, **made}.items():
         if ours not in placed:
             columns.append(Column(renames.get(ours, ours), kind, ours=ours))
     _check_names_differ(columns, job)
@@ -124,7 +130,7 @@ def _takes_place(name: str, job: Job) -> str | None:
 def _new_name(name: str, job: Job) -> str:
     mapped = [ours for ours, theirs in job.input.columns.items() if theirs == name]
     for ours in (name, *mapped):
-        if ours in job.output.columns and ours not in RESOLVED and ours not in MADE:
+        if ours in job.output.columns and ours not in {*RESOLVED, *MADE, *ON_REQUEST}:
             return job.output.columns[ours]
     return name
 
@@ -232,6 +238,17 @@ def _picture(record: Record, name: str) -> dict[str, Any] | None:
     return {"bytes": record.image, "path": path}
 
 
+def _beside(name: str) -> Callable[[Record, str, Mapping[str, Any]], Any]:
+    """A picture that was made on the way: `00042-000017.estimated_depth.png`."""
+
+    def picture(record: Record, shard: str, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+        if name not in record.made:
+            return None
+        return {"bytes": record.made[name], "path": picture_name(shard, record.request.index, f"{name}.png")}
+
+    return picture
+
+
 def _asked(name: str) -> Callable[[Record, str, Mapping[str, Any]], Any]:
     return lambda record, shard, facts: getattr(record.request, name)
 
@@ -246,6 +263,7 @@ def _drawn(name: str) -> Callable[[Record, str, Mapping[str, Any]], Any]:
 
 _VALUES: Mapping[str, Callable[[Record, str, Mapping[str, Any]], Any]] = {
     **{name: _asked(name) for name in RESOLVED},
+    **{name: _beside(name) for name in ON_REQUEST},
     "height": _drawn("height"),
     "width": _drawn("width"),
     "image": lambda record, shard, facts: _picture(record, shard),

@@ -12,6 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -219,7 +220,8 @@ class Flow:
         picture, finite = result
         if row.conditioning.kept is not None:
             picture = row.conditioning.kept.into(picture)
-        return self._record(row.request, picture, finite), size
+        record = self._record(row.request, picture, finite)
+        return replace(record, made=row.conditioning.made), size
 
     def _record(self, request: Request, picture_HW3: np.ndarray, finite: bool) -> Record:
         height, width = picture_HW3.shape[:2]

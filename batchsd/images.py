@@ -63,6 +63,16 @@ def field(content: bytes) -> np.ndarray:
     return values
 
 
+def grey16(values_HW: np.ndarray) -> bytes:
+    """A map of finite numbers as a grey 16-bit PNG, its least number 0 and its greatest 65535; a flat one all 0."""
+    wide_HW = values_HW.astype(np.float64)
+    low, high = wide_HW.min(), wide_HW.max()
+    steps_HW = (wide_HW - low) / (high - low) * 65535 if high > low else np.zeros_like(wide_HW)
+    file = io.BytesIO()
+    Image.fromarray(np.rint(steps_HW).astype(np.uint16)).save(file, "PNG")
+    return file.getvalue()
+
+
 def to_tensor(picture: Image.Image) -> Any:
     """RGB -> torch float32 (3, H, W) in [-1, 1], rounded as diffusers rounds."""
     import torch

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, runtime_checkable
 
-from batchsd.columns import MANIFEST, OURS
+from batchsd.columns import MANIFEST, ON_REQUEST, OURS
 from batchsd.ledger import place_of
 from batchsd.store import Store
 from batchsd.types import Record, Request, Shard, Sink
@@ -53,8 +53,9 @@ class Row:
         """The same picture, for a row that asks for the same pixels."""
         image, ours = self.ours["image"], self.ours
         _, _, extension = image["path"].rpartition(".")
+        made = {name: ours[name]["bytes"] for name in ON_REQUEST if ours.get(name)}
         size = {"height": ours["height"], "width": ours["width"]}
-        return Record(request, "ok", image=image["bytes"], extension=extension, **size)
+        return Record(request, "ok", image=image["bytes"], extension=extension, made=made, **size)
 
 
 def reread(store: Store, sink: Sink, shard: Shard, schema: pa.Schema, pictures: bool) -> Iterator[Row]:

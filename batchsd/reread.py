@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchsd.columns import MANIFEST, OURS, picture_column, row_index
+from batchsd.columns import MANIFEST, ON_REQUEST, OURS, picture_column, row_index
 from batchsd.ledger import Ledger, ledgers, place_of
 from batchsd.plan import Plan
 from batchsd.store import Store, open_store
@@ -121,7 +121,8 @@ def _record(row: pa.Table, index: int, shard: str) -> Record:
     cell = value["image"] or {"bytes": None, "path": "x.png"}
     extension = cell["path"].rpartition(".")[2]
     size = value["height"], value["width"]
-    return Record(request, value["status"], value["error"], cell["bytes"], extension, *size)
+    made = {name: value[name]["bytes"] for name in ON_REQUEST if value.get(name)}
+    return Record(request, value["status"], value["error"], cell["bytes"], extension, *size, made)
 
 
 _ASKED = (

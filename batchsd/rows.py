@@ -30,6 +30,7 @@ ADAPTER = re.compile(r"<(?:lora|lyco|hypernet):[^>]*>", re.IGNORECASE)
 ROW_SETTINGS = frozenset(
     {f"sampler.{name}" for name in ("scheduler", "steps", "guidance_scale", "height", "width")}
     | {f"conditioning.{name}" for name in ("task", "strength", "image_guidance_scale", "resize", "paste_back")}
+    | {f"conditioning.{name}" for name in ("depth_convention", "keep_depth")}
     | {"input.columns", "input.prompt", "run.seed"}
 )
 

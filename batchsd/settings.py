@@ -89,7 +89,7 @@ class Sampler(Section):
 
 
 class Conditioning(Section):
-    """A manifest column of the same name overrides any of these but the last two for its row."""
+    """A manifest column of the same name overrides any of these but the last three for its row."""
 
     task: Text = "text"
     strength: Annotated[float, Field(ge=0, le=1)] | None = Field(
@@ -102,6 +102,11 @@ class Conditioning(Section):
     paste_back: bool = Field(
         default=False, description="inpaint: unmasked pixels are the init image's own, to the bit"
     )
+    depth_convention: Literal["diffusers", "stability"] = Field(
+        default="diffusers",
+        description="depth: how the checkpoint's depth network is fed; squashed to 384 x 384, or the aspect kept",
+    )
+    keep_depth: bool = Field(default=False, description="depth: a column `estimated_depth`, 16-bit PNG, near is white")
     prompt_syntax: Literal["plain", "a1111"] = "plain"
     long_prompts: Literal["truncate", "chunk"] = "truncate"
 

@@ -150,7 +150,8 @@ class Conditioning:
     The guided prediction is sum_i weights(sigma)[i] * prediction of branches[i]; a branch of weight 0 is not
     evaluated. `noise_CHW` is the row's first draw at latent size; the walk starts from it alone, or, where
     `clean_CHW` is given, from alpha * clean + sigma * noise after skipping `begin` of the row's steps. Where all
-    steps are skipped the picture is `clean_CHW`, decoded.
+    steps are skipped the picture is `clean_CHW`, decoded. `made` are image files that the task made on the way, for
+    the output columns of those names (`columns.ON_REQUEST`).
     """
 
     branches: tuple[Branch, ...]
@@ -160,13 +161,15 @@ class Conditioning:
     begin: int = 0
     blend: Blend | None = None
     kept: Kept | None = None
+    made: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """One finished output row: an encoded picture, or None with the reason.
 
-    `image` holds file bytes; `extension` is `png`, `jpg` or `webp`; `height` and `width` are the pixels drawn.
+    `image` holds file bytes; `extension` is `png`, `jpg` or `webp`; `height` and `width` are the pixels drawn;
+    `made` are the PNG files of columns that the job asked for.
     """
 
     request: Request
@@ -176,6 +179,7 @@ class Record:
     extension: str = "png"
     height: int | None = None
     width: int | None = None
+    made: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +296,10 @@ class ModelFacts(Protocol):
 
     def encode_mode(self, image_3HW: torch.Tensor) -> torch.Tensor:
         """Pixels in [-1, 1] -> the posterior's mode as the VAE has it, not scaled: C H/8 W/8, in float32."""
+        ...
+
+    def estimate_depth(self, picture_HW3: np.ndarray, convention: str = "diffusers") -> np.ndarray | None:
+        """RGB pixels, uint8 -> a map of any size in float32, greater is nearer; None: it has no depth network."""
         ...
 
 

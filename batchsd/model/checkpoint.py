@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from batchsd.model.config import unet_config, vae_config
+from batchsd.model.depth import DepthEstimator
 from batchsd.model.folder import read_folder
 from batchsd.model.inversion import learn_words
 from batchsd.model.lora import merge_loras
@@ -43,6 +45,7 @@ class Model:
     text_2: TextEncoder | None = None  # SDXL's second, whose states stand beside the first's
     zero_negative: bool = False  # a negative prompt that is not given is zeros (SDXL), not the empty text
     reasons: tuple[str, ...] = ()  # what was recognised, and why
+    depth: DepthEstimator | None = None  # SD2-depth's, built when a row first needs it
 
     @property
     def device(self) -> torch.device:
@@ -128,6 +131,10 @@ class Model:
         """A picture in [-1, 1] -> its posterior's mode, not scaled (as instruct-pix2pix reads it), float32."""
         return self.vae.encode(image_3HW[None].to(self.device, self.vae.dtype)).mean_BCHW[0].float().cpu()
 
+    def estimate_depth(self, picture_HW3: np.ndarray, convention: str = "diffusers") -> np.ndarray | None:
+        """An RGB picture, uint8 -> a float32 map of any size, greater is nearer; None: there is no depth network."""
+        return None if self.depth is None else self.depth(picture_HW3, convention)
+
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Scaled latents -> pictures in [0, 1], float32 (B, 3, H, W), on the device.
@@ -185,7 +192,7 @@ def load(
     merge_loras(unet, [text.model for text in texts], loras)
     return Model(
         unet, autoencoder, texts[0], parts.scheduler, text_2=second, zero_negative=parts.zero_negative,
-        reasons=parts.reasons,
+        reasons=parts.reasons, depth=DepthEstimator(parts.depth, where) if parts.depth else None,
     )  # fmt: skip
 
 

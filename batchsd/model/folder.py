@@ -61,7 +61,7 @@ def read_folder(path: Path, vae: bool = True) -> Parts:
     zero = bool(facts.get("force_zeros_for_empty_prompt", two))
     return Parts(
         str(path), f"{name} {task}", unet_config, unet, vae_config, vae_state, texts, chosen, zero, tuple(reasons),
-        _depth(path / "depth_estimator"),
+        _depth(path),
     )  # fmt: skip
 
 
@@ -74,11 +74,13 @@ def _text(path: Path, suffix: str, pad: str) -> TextParts:
     return TextParts(config, network_state(folder, TEXT), load, str(folder))
 
 
-def _depth(folder: Path) -> DepthParts | None:
+def _depth(path: Path) -> DepthParts | None:
     """SD2-depth's depth network; None where the folder has none."""
+    folder, extractor = path / "depth_estimator", path / "feature_extractor" / "preprocessor_config.json"
     if not folder.is_dir():
         return None
-    return DepthParts(read_json(folder / "config.json"), network_state(folder, TEXT), str(folder))
+    preprocessor = read_json(extractor) if extractor.exists() else {}
+    return DepthParts(read_json(folder / "config.json"), network_state(folder, TEXT), str(folder), preprocessor)
 
 
 def network_state(folder: Path, stem: str) -> dict[str, Tensor]:

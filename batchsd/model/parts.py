@@ -7,7 +7,7 @@ of them, `inspect` only compares their shapes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from batchsd.model.weights import State
@@ -25,11 +25,15 @@ class TextParts:
 
 @dataclass(frozen=True)
 class DepthParts:
-    """SD2-depth's own depth network: transformers' DPT config keys, its tensors, and its place for errors."""
+    """SD2-depth's own depth network: transformers' DPT config keys, its tensors, and its place for errors.
+
+    `preprocessor` holds the keys of DPTImageProcessor's config; those left out are SD2-depth's.
+    """
 
     config: Mapping[str, Any]
     state: State
     where: str
+    preprocessor: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

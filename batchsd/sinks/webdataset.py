@@ -44,7 +44,7 @@ class TarSink:
                 assert opened is not None, member.name
                 if member.name.endswith(".json"):
                     yield row_index(member.name), {**json.loads(opened.read()), picture_column(schema): picture}
-                elif not member.name.endswith(".txt"):
+                elif not member.name.endswith(".txt"):  # the last of a row's pictures is the one that was drawn
                     picture = {"path": member.name, "bytes": opened.read() if pictures else b""}
 
 
@@ -68,6 +68,8 @@ class TarShard:
         assert record.image is not None, record.request.key
         picture = picture_name(self.name, record.request.index, record.extension)
         key = picture.partition(".")[0]
+        for name, content in record.made.items():
+            self._member(f"{key}.{name}.png", content)
         self._member(picture, record.image)
         self._member(f"{key}.txt", record.request.prompt.encode())
         self._member(f"{key}.json", row_json(record, self.schema, self.name).encode())

@@ -17,7 +17,6 @@ from batchsd.manifest import open_manifest
 from batchsd.model.checkpoint import load
 from batchsd.reader import Reader
 from batchsd.rows import Names
-from batchsd.tasks.depth import depth_channel
 from batchsd.types import Shard
 
 from .test_parity import draw, engine, mask, picture, pixels, png, request
@@ -87,13 +86,6 @@ def test_the_size_is_the_rows_else_the_images(checkpoint: Path) -> None:
     assert size(width=32, height=16) == (32, 16)
     assert size(height=16) == (round(70 * 16 / 37 / factor) * factor, 16)
     assert size(width=32) == (32, round(37 * 32 / 70 / factor) * factor)
-
-
-def test_depth_is_normalised_and_flat_maps_are_far() -> None:
-    ramp = depth_channel(np.linspace(3, 900, 64, dtype=np.float32).reshape(8, 8), (8, 8))
-    assert ramp.min() == -1 and ramp.max() == 1
-    for flat in (0.0, 1.0, 1e-8, 3e38):
-        assert depth_channel(np.full((16, 16), flat, np.float32), (4, 4)).unique().tolist() == [-1]
 
 
 # -- rows of a manifest, from cell to picture
