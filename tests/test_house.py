@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "recipe": "bench diffusion encode engine job manifest model network pinned plugin_source plugins prompts "
     "provenance reader rows sinks store",
     # the trainer, which draws with what it has trained
-    "training": "diffusion engine model tasks",
+    "training": "diffusion engine images model tasks",
     # the worker
     "run": "bench published writer",
     "writer": "bench ledger order scratch",
