@@ -41,6 +41,7 @@ MADE: dict[str, pa.DataType] = {
     "image": IMAGE_TYPE,
     "status": pa.string(),
     "error": pa.string(),
+    "tokens_cut": pa.int32(),
     "row_hash": pa.string(),
     "model": pa.string(),
     "batchsd": pa.string(),
@@ -270,6 +271,7 @@ _VALUES: Mapping[str, Callable[[Record, str, Mapping[str, Any]], Any]] = {
     "status": lambda record, shard, facts: record.status,
     # An exception's text may hold half a character (a file name that is not UTF-8).
     "error": lambda record, shard, facts: record.error and record.error.encode("utf-8", "replace").decode(),
+    "tokens_cut": lambda record, shard, facts: record.tokens_cut,
     "row_hash": lambda record, shard, facts: record.request.row_hash or None,
     "model": lambda record, shard, facts: facts.get("model"),
     "batchsd": lambda record, shard, facts: facts.get("version"),

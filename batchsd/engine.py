@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -35,6 +35,14 @@ from batchsd.types import Conditioning, Record, Request, RowError, Shard, Task, 
 
 _TEXTS_KEPT = 512  # 77 x 1024 numbers each: at most 160 MB in float32
 _TEXT_BATCH = 32
+
+
+class Prompts(Protocol):
+    """A way to read prompts: texts -> states (T, D) and pooled (P,) each; a text that is None becomes zeros."""
+
+    def __call__(self, texts: Sequence[str | None]) -> Sequence[tuple[Tensor, Tensor | None]]: ...
+
+    def tokens_cut(self, text: str) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -65,10 +73,10 @@ class Engine:
         tasks: Mapping[str, Task],
         encode: Callable[[np.ndarray], tuple[bytes, str]],
         settings: Settings = Settings(),  # noqa: B008 (frozen)
-        encode_texts: Callable[[Sequence[str]], Sequence[Tensor]] | None = None,
+        prompts: Prompts | None = None,
     ) -> None:
         self.model = model
-        self.encode_texts = encode_texts  # instead of the model's own reading of a prompt: weights, chunks
+        self.prompts = prompts  # instead of the model's own reading of a prompt: weights, chunks
         self.schedulers = schedulers
         self.tasks = tasks
         self.encode = encode
@@ -154,6 +162,12 @@ class Engine:
     def _lanes_for(self, group: Group) -> int:
         return self.settings.lanes or measured_lanes(self.model, group.size)
 
+    def tokens_cut(self, request: Request) -> int | None:
+        """Tokens of the row's prompt that the network does not see; None where the prompt was refused."""
+        if request.error is not None and request.error.status == "bad_input":
+            return None
+        return (self.prompts or self.model.text).tokens_cut(request.prompt)
+
     def add_contexts(self, rows: Iterable[Row]) -> None:
         """Gives rows their text states, and what else the network is told; equal texts are encoded once."""
         rows = list(rows)
@@ -183,8 +197,8 @@ class Engine:
 
     def _encoded(self, texts: Sequence[str | None]) -> list[tuple[Tensor, Tensor | None]]:
         """States (T, D) and pooled (P,) of each text."""
-        if self.encode_texts is not None:
-            return [(states_TD, None) for states_TD in self.encode_texts([text or "" for text in texts])]
+        if self.prompts is not None:
+            return list(self.prompts(texts))
         states_BTD, pooled_BP = self.model.encode_prompts(texts)
         pooled = [None] * len(texts) if pooled_BP is None else list(pooled_BP)
         return list(zip(states_BTD, pooled, strict=True))

@@ -62,6 +62,8 @@ class Stages(Protocol):
 
     def new_lanes(self, group: Group) -> Lanes: ...
 
+    def tokens_cut(self, request: Request) -> int | None: ...
+
     def decoding(self, latents_BCHW: Tensor) -> Callable[[], list[Decoded]]: ...
 
 
@@ -251,4 +253,4 @@ class Flow:
             else:
                 record = result
             self.intake.finished(shard)
-            yield shard, record
+            yield shard, replace(record, tokens_cut=self.engine.tokens_cut(record.request))

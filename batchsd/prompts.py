@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from batchsd.types import UsageError
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -31,6 +29,12 @@ Piece = tuple[str, float]
 
 Segments = list[list[Piece]]
 """The text between BREAKs, each in pieces."""
+
+Token = tuple[int, float]
+"""A token's number and its weight."""
+
+Encoded = tuple["Tensor", "Tensor | None"]
+"""A text's states (T, D), and pooled (P,) where the model has such a thing."""
 
 
 def plain(text: str) -> Segments:
@@ -89,69 +93,83 @@ READERS: dict[str, Callable[[str], Segments]] = {"plain": plain, "a1111": a1111}
 
 @dataclass(frozen=True)
 class Prompts:
-    """Encodes texts in one syntax. `chunk`: long texts become several chunks; else each segment is cut after one."""
+    """Encodes texts in one syntax. `chunk`: long texts become several chunks; else each segment is cut after one.
 
-    encoder: TextEncoder
+    SDXL has two encoders, whose states stand side by side. Only the second one gives a pooled text, and that is the
+    first chunk's, without weights.
+    """
+
+    encoders: tuple[TextEncoder, ...]
     read: Callable[[str], Segments] = plain
     chunk: bool = False
 
-    def __call__(self, texts: Sequence[str]) -> list[Tensor]:
-        """Texts -> states (T, D) each; T is the encoder's length times the text's chunks."""
+    def __call__(self, texts: Sequence[str | None]) -> list[Encoded]:
+        """Texts -> states (T, D) each, T the encoders' length times the text's chunks; and pooled (P,) or None.
+
+        A text that is None becomes zeros.
+        """
         return [self._encoded(text) for text in texts]
 
     def tokens_cut(self, text: str) -> int:
         """How many of the text's tokens the model does not see."""
         if self.chunk:
             return 0
-        room = self.encoder.length - 2
-        return sum(max(0, len(tokens) - room) for tokens in self._segments(text))
+        room = self.encoders[0].length - 2
+        return sum(max(0, len(tokens) - room) for tokens in self._segments(text, self.encoders[0]))
 
-    def _segments(self, text: str) -> list[list[tuple[int, float]]]:
+    def _segments(self, text: str, encoder: TextEncoder) -> list[list[Token]]:
         """Each segment's tokens with their weights, the marks of begin and end apart."""
-        tokenizer, spelled = self.encoder.tokenizer, self.encoder.spelled
         segments = []
         for segment in self.read(text):
-            tokens: list[tuple[int, float]] = []
+            tokens: list[Token] = []
             for words, weight in segment:
                 # verbose=False: transformers otherwise warns about every long text.
-                ids = tokenizer(spelled(words), add_special_tokens=False, truncation=False, verbose=False).input_ids
+                ids = encoder.tokenizer(
+                    encoder.spelled(words), add_special_tokens=False, truncation=False, verbose=False
+                ).input_ids
                 tokens += [(token, weight) for token in ids]
             segments.append(tokens)
         return segments
 
-    def _encoded(self, text: str) -> Tensor:
+    def _encoded(self, text: str | None) -> Encoded:
         import torch
 
-        room = self.encoder.length - 2
-        chunks: list[list[tuple[int, float]]] = []
-        for tokens in self._segments(text):
+        both = [self._encoded_by(encoder, text or "") for encoder in self.encoders]
+        states_TD = torch.cat([states_TD for states_TD, _ in both], dim=-1)
+        pooled_P = both[-1][1]
+        if text is None:
+            return torch.zeros_like(states_TD), None if pooled_P is None else torch.zeros_like(pooled_P)
+        return states_TD, pooled_P
+
+    def _encoded_by(self, encoder: TextEncoder, text: str) -> Encoded:
+        import torch
+
+        room = encoder.length - 2
+        chunks: list[list[Token]] = []
+        for tokens in self._segments(text, encoder):
             many = [tokens[i : i + room] for i in range(0, max(1, len(tokens)), room)]
             chunks += many if self.chunk else many[:1]
-        ids_NT = torch.tensor([self._filled([token for token, _ in chunk]) for chunk in chunks])
+        ids_NT = torch.tensor([_filled([token for token, _ in chunk], encoder) for chunk in chunks])
         weights_NT = torch.ones(ids_NT.shape)
         for i, chunk in enumerate(chunks):
             weights_NT[i, 1 : len(chunk) + 1] = torch.tensor([weight for _, weight in chunk])
         with torch.no_grad():
-            states_NTD = weighted(self.encoder(ids_NT), weights_NT)
-        return states_NTD.flatten(0, 1)
+            states_NTD, pooled_NP = encoder.states_and_pooled(ids_NT)
+        return weighted(states_NTD, weights_NT).flatten(0, 1), None if pooled_NP is None else pooled_NP[0]
 
-    def _filled(self, tokens: list[int]) -> list[int]:
-        tokenizer = self.encoder.tokenizer
-        marked = [tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id]
-        return marked + [tokenizer.pad_token_id] * (self.encoder.length - len(marked))
+
+def _filled(tokens: list[int], encoder: TextEncoder) -> list[int]:
+    tokenizer = encoder.tokenizer
+    marked = [tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id]
+    return marked + [tokenizer.pad_token_id] * (encoder.length - len(marked))
 
 
 def prompts_for(model: Model, syntax: str, long_prompts: str) -> Prompts | None:
-    """How prompts are read under the job's two settings; None: as the model itself reads them.
-
-    Raises UsageError for checkpoints of two text encoders, for which this is not built.
-    """
+    """How prompts are read under the job's two settings; None: as the model itself reads them."""
     if (syntax, long_prompts) == ("plain", "truncate"):
         return None
-    if model.text_2 is not None:
-        key = "prompt_syntax" if syntax != "plain" else "long_prompts"
-        raise UsageError(f"conditioning.{key}: not built for SDXL checkpoints; leave the setting out")
-    return Prompts(model.text, READERS[syntax], long_prompts == "chunk")
+    encoders = (model.text,) if model.text_2 is None else (model.text, model.text_2)
+    return Prompts(encoders, READERS[syntax], long_prompts == "chunk")
 
 
 def weighted(states_NTD: Tensor, weights_NT: Tensor) -> Tensor:

@@ -55,7 +55,8 @@ class Row:
         _, _, extension = image["path"].rpartition(".")
         made = {name: ours[name]["bytes"] for name in ON_REQUEST if ours.get(name)}
         size = {"height": ours["height"], "width": ours["width"]}
-        return Record(request, "ok", image=image["bytes"], extension=extension, made=made, **size)
+        rest = {"made": made, "tokens_cut": ours["tokens_cut"], **size}
+        return Record(request, "ok", image=image["bytes"], extension=extension, **rest)
 
 
 def reread(store: Store, sink: Sink, shard: Shard, schema: pa.Schema, pictures: bool) -> Iterator[Row]:

@@ -69,7 +69,7 @@ class Recipe:
             tasks=registry.tasks,
             encode=encoder(job.output.image.options()),
             settings=engine_settings(job),
-            encode_texts=prompts_for(model, job.conditioning.prompt_syntax, job.conditioning.long_prompts),
+            prompts=prompts_for(model, job.conditioning.prompt_syntax, job.conditioning.long_prompts),
         )
         return Workbench(
             generate=engine.generate,

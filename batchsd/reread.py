@@ -122,7 +122,8 @@ def _record(row: pa.Table, index: int, shard: str) -> Record:
     extension = cell["path"].rpartition(".")[2]
     size = value["height"], value["width"]
     made = {name: value[name]["bytes"] for name in ON_REQUEST if value.get(name)}
-    return Record(request, value["status"], value["error"], cell["bytes"], extension, *size, made)
+    cut = value["tokens_cut"]
+    return Record(request, value["status"], value["error"], cell["bytes"], extension, *size, made, cut)
 
 
 _ASKED = (

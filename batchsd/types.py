@@ -169,7 +169,8 @@ class Record:
     """One finished output row: an encoded picture, or None with the reason.
 
     `image` holds file bytes; `extension` is `png`, `jpg` or `webp`; `height` and `width` are the pixels drawn;
-    `made` are the PNG files of columns that the job asked for.
+    `made` are the PNG files of columns that the job asked for; `tokens_cut` counts the prompt's tokens that the
+    network did not see.
     """
 
     request: Request
@@ -180,6 +181,7 @@ class Record:
     height: int | None = None
     width: int | None = None
     made: Mapping[str, bytes] = field(default_factory=dict)
+    tokens_cut: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

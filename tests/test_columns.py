@@ -47,8 +47,8 @@ def test_the_manifests_columns_come_first_then_what_was_used_then_what_was_made(
         ("height", pa.int32()), ("width", pa.int32()), ("scheduler", pa.string()), ("task", pa.string()),
         ("repeat_index", pa.int32()),
         ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-        ("status", pa.string()), ("error", pa.string()), ("row_hash", pa.string()), ("model", pa.string()),
-        ("batchsd", pa.string()),
+        ("status", pa.string()), ("error", pa.string()), ("tokens_cut", pa.int32()), ("row_hash", pa.string()),
+        ("model", pa.string()), ("batchsd", pa.string()),
     ]  # fmt: skip
     assert all(field.nullable for field in schema)
 
@@ -125,7 +125,7 @@ def test_rows_hold_what_was_used_and_failed_rows_no_picture(job):
     manifest = pa.schema([("note", pa.list_(pa.int64())), ("prompt", pa.string()), ("steps", pa.float64())])
     rows = pa.table({"note": [[1], None], "prompt": ["given", None], "steps": [7.0, 2.5]}, schema=manifest)
     schema = output_schema(manifest, job("output.columns.prompt=text"), FACTS)
-    good = Record(request(rows.slice(0, 1), prompt="used", steps=7), "ok", None, b"png", "png", 64, 96)
+    good = Record(request(rows.slice(0, 1), prompt="used", steps=7), "ok", None, b"png", "png", 64, 96, tokens_cut=3)
     error = RowError("bad_input", "both")
     bad = request(
         rows.slice(1, 1), index=18, prompt=None, steps=None, seed=None, row_hash="", error=error, height=72
@@ -140,9 +140,9 @@ def test_rows_hold_what_was_used_and_failed_rows_no_picture(job):
     assert table.to_pylist() == [
         {**common, "note": [1], "text": "used", "steps": 7, "seed": 2**32 - 1, "height": 64, "width": 96,
          "image": {"bytes": b"png", "path": "00042-000017.png"}, "status": "ok", "error": None,
-         "row_hash": "ff"},
+         "tokens_cut": 3, "row_hash": "ff"},
         {**common, "note": None, "text": None, "steps": None, "seed": None, "height": 72, "width": None,
-         "image": None, "status": "bad_input", "error": "both ?", "row_hash": None},
+         "image": None, "status": "bad_input", "error": "both ?", "tokens_cut": None, "row_hash": None},
     ]  # fmt: skip
 
 

@@ -11,8 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchsd.diffusion.builtin import BUILTIN
-from batchsd.model.checkpoint import load
-from batchsd.prompts import Prompts, a1111, weighted
+from batchsd.engine import Engine, Settings
+from batchsd.model.checkpoint import Model, load
+from batchsd.prompts import Prompts, a1111, prompts_for, weighted
+from batchsd.tasks.text import TextTask
+from batchsd.testing.tasks import example_request
+from batchsd.types import Record, Request, RowError, Shard
+from tests.tasks.xl import write_xl
 
 # From the docstring of its parse_prompt_attention, and its wiki.
 EXAMPLES = {
@@ -58,8 +63,8 @@ def encoder(checkpoint: Path):
 
 def test_plain_short_texts_are_encoded_as_ever(encoder):
     texts = ["a red cube, left of a blue sphere", "", "a green cone"]
-    for prompts in (Prompts(encoder), Prompts(encoder, a1111, chunk=True)):
-        for ours, theirs in zip(prompts(texts), encoder.encode(texts), strict=True):
+    for prompts in (Prompts((encoder,)), Prompts((encoder,), a1111, chunk=True)):
+        for (ours, _), theirs in zip(prompts(texts), encoder.encode(texts), strict=True):
             assert torch.allclose(ours, theirs, atol=1e-6)
 
 
@@ -68,24 +73,24 @@ def test_a_long_text_is_its_chunks_end_to_end(encoder):
     words = ["red", "blue", "green", "cube"] * room  # one token each
     assert len(encoder.tokenizer(words[0], add_special_tokens=False).input_ids) == 1
     words = words[: 2 * room + 3]
-    (found,) = Prompts(encoder, chunk=True)([" ".join(words)])
+    ((found, _),) = Prompts((encoder,), chunk=True)([" ".join(words)])
     parts = [" ".join(words[i : i + room]) for i in (0, room, 2 * room)]
     assert torch.allclose(found, encoder.encode(parts).flatten(0, 1), atol=1e-6)
-    assert Prompts(encoder, chunk=True).tokens_cut(" ".join(words)) == 0
+    assert Prompts((encoder,), chunk=True).tokens_cut(" ".join(words)) == 0
 
 
 def test_what_is_cut_is_counted(encoder):
     room = encoder.length - 2
     long = " ".join(["red"] * (room + 5))
-    assert Prompts(encoder).tokens_cut(long) == encoder.tokens_cut(long) == 5
-    assert Prompts(encoder).tokens_cut("red " * room) == 0
-    assert Prompts(encoder, a1111).tokens_cut(f"{long} BREAK {long}") == 10
-    (found,) = Prompts(encoder)([long])
+    assert Prompts((encoder,)).tokens_cut(long) == encoder.tokens_cut(long) == 5
+    assert Prompts((encoder,)).tokens_cut("red " * room) == 0
+    assert Prompts((encoder,), a1111).tokens_cut(f"{long} BREAK {long}") == 10
+    ((found, _),) = Prompts((encoder,))([long])
     assert torch.allclose(found, encoder.encode([long])[0], atol=1e-6)
 
 
 def test_break_begins_a_chunk(encoder):
-    (found,) = Prompts(encoder, a1111)(["a red cube BREAK a blue cone"])
+    ((found, _),) = Prompts((encoder,), a1111)(["a red cube BREAK a blue cone"])
     assert torch.allclose(found, encoder.encode(["a red cube", "a blue cone"]).flatten(0, 1), atol=1e-6)
 
 
@@ -95,7 +100,7 @@ def test_weights_fall_on_their_words_and_the_mean_stays(checkpoint):
         if name.endswith("final_layer_norm.bias"):
             value.fill_(0.3)  # random weights give states of mean 0; CLIP's have one of about -0.1
     states_TD = encoder.encode(["a red cube"])[0]
-    (found_TD,) = Prompts(encoder, a1111)(["a (red:1.5) cube"])
+    ((found_TD, _),) = Prompts((encoder,), a1111)(["a (red:1.5) cube"])
     assert float(found_TD.mean()) == pytest.approx(float(states_TD.mean()), rel=1e-3)
     assert float(states_TD.mean()) == pytest.approx(0.3, rel=1e-3)
     ratio_T = (found_TD / states_TD).median(1).values
@@ -114,25 +119,14 @@ def test_the_mean_is_each_chunks_own():
 def test_rows_of_different_lengths_share_network_calls(checkpoint: Path) -> None:
     """A long prompt beside a short negative, and a short row: each as it is alone."""
     from batchsd.batch_size import CPU_LANES
-    from batchsd.engine import Engine, Settings
-    from batchsd.prompts import prompts_for
-    from batchsd.tasks.text import TextTask
-    from batchsd.testing.tasks import example_request
-    from batchsd.types import Shard
 
     model = load(checkpoint)
     assert prompts_for(model, "plain", "truncate") is None
-    engine = Engine(
-        model, schedulers=BUILTIN, tasks={"text": TextTask()}, encode=lambda p: (p.tobytes(), "raw"),
-        settings=Settings(lanes=CPU_LANES), encode_texts=prompts_for(model, "a1111", "chunk"),
-    )  # fmt: skip
+    engine = new_engine(model, prompts_for(model, "a1111", "chunk"), lanes=CPU_LANES)
 
     def draw(*prompts: str) -> list[np.ndarray]:
-        rows = [
-            example_request(key=str(i), index=i, prompt=prompt, height=16, width=16, steps=3)
-            for i, prompt in enumerate(prompts)
-        ]
-        found = {record.request.index: record for _, record in engine.generate([(Shard(1, 0, 1, 0, 0, 2), iter(rows))])}
+        rows = [row(i, prompt=prompt) for i, prompt in enumerate(prompts)]
+        found = {record.request.index: record for record in drawn(engine, rows)}
         return [np.frombuffer(found[i].image or b"", np.uint8).astype(int) for i in range(len(rows))]
 
     long = "a (red:1.4) cube BREAK a blue cone"
@@ -141,3 +135,58 @@ def test_rows_of_different_lengths_share_network_calls(checkpoint: Path) -> None
     for prompt, picture in zip((long, "a red cube"), together, strict=True):
         assert np.abs(picture - draw(prompt)[0]).max() <= 1
     assert np.abs(together[0] - together[1]).max() > 1
+
+
+def test_tokens_cut_is_told_of_every_row(checkpoint: Path) -> None:
+    """Drawn, failed, and refused, in plain and in A1111's syntax, cut and in chunks."""
+    model = load(checkpoint)
+    room = model.text.length - 2
+    long = " ".join(["(red:1.2)"] * (room + 5))
+    plainly = len(model.text.tokenizer(long, verbose=False).input_ids) - 2 - room
+    assert plainly > 5, "brackets and numbers are tokens of a plain prompt"
+    settings = {("plain", "truncate"): plainly, ("a1111", "truncate"): 5, ("a1111", "chunk"): 0}
+    for names, cut in settings.items():
+        rows = [
+            row(0, prompt=long),
+            row(1, prompt="a red cube"),
+            row(2, prompt=long, height=17),
+            row(3, prompt=None, error=RowError("bad_input", "prompt: null")),
+        ]
+        found = {r.request.index: r for r in drawn(new_engine(model, prompts_for(model, *names)), rows)}
+        assert [found[i].tokens_cut for i in range(4)] == [cut, 0, cut, None]
+        assert [found[i].status for i in range(4)] == ["ok", "ok", "bad_input", "bad_input"]
+
+
+def test_sdxl_reads_weights_and_chunks_with_both_encoders(tmp_path: Path) -> None:
+    """A chunk is what each encoder makes of it alone; the pooled text is the first chunk's, as A1111 has it."""
+    model = load(write_xl(tmp_path / "xl"))
+    read = prompts_for(model, "a1111", "chunk")
+    assert read is not None and model.text_2 is not None
+    for text in ("a red cube", None):
+        ((states_TD, pooled_P),) = read([text])
+        theirs_BTD, theirs_BP = model.encode_prompts([text])
+        assert theirs_BP is not None
+        assert torch.allclose(states_TD, theirs_BTD[0], atol=1e-5) and torch.allclose(pooled_P, theirs_BP[0], atol=1e-5)
+    words = "a red cube BREAK a blue cone"
+    ((states_TD, pooled_P),) = read([words])
+    parts_BTD, pooled_BP = model.encode_prompts(["a red cube", "a blue cone"])
+    assert torch.allclose(states_TD, parts_BTD.flatten(0, 1), atol=1e-5)
+    assert pooled_BP is not None and torch.allclose(pooled_P, pooled_BP[0], atol=1e-5)
+    one, other = drawn(new_engine(model, read), [row(0, prompt="a cube BREAK a cone"), row(1, prompt="a cube")])
+    assert one.status == other.status == "ok" and one.image != other.image
+
+
+def row(index: int, **changes: object) -> Request:
+    return example_request(**{"key": str(index), "index": index, "height": 16, "width": 16, "steps": 3, **changes})
+
+
+def new_engine(model: Model, prompts: Prompts | None, lanes: int = 16) -> Engine:
+    return Engine(
+        model, schedulers=BUILTIN, tasks={"text": TextTask()}, encode=lambda p: (p.tobytes(), "raw"),
+        settings=Settings(lanes=lanes), prompts=prompts,
+    )  # fmt: skip
+
+
+def drawn(engine: Engine, rows: list[Request]) -> list[Record]:
+    shard = Shard(1, 0, 1, 0, 0, len(rows))
+    return [record for _, record in engine.generate([(shard, iter(rows))])]

@@ -72,7 +72,11 @@ class TextEncoder:
     @torch.no_grad()
     def encode_pooled(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """Texts -> states (B, T, D), and what the end mark becomes (B, P) where the encoder projects it."""
-        found = self._run(self.ids(texts))
+        return self.states_and_pooled(self.ids(texts))
+
+    def states_and_pooled(self, ids_BT: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Ids (B, T) -> states (B, T, D), and what the end mark becomes (B, P) where the encoder projects it."""
+        found = self._run(ids_BT)
         return self._states(found), getattr(found, "text_embeds", None)
 
     def _run(self, ids_BT: Tensor) -> Any:
