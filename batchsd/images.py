@@ -68,8 +68,13 @@ def grey16(values_HW: np.ndarray) -> bytes:
     wide_HW = values_HW.astype(np.float64)
     low, high = wide_HW.min(), wide_HW.max()
     steps_HW = (wide_HW - low) / (high - low) * 65535 if high > low else np.zeros_like(wide_HW)
+    return png(np.rint(steps_HW).astype(np.uint16))
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """uint8 H W 3, uint8 H W or uint16 H W as a PNG file."""
     file = io.BytesIO()
-    Image.fromarray(np.rint(steps_HW).astype(np.uint16)).save(file, "PNG")
+    Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,24 +24,33 @@ from batchsd.tasks.text import TextTask
 from batchsd.training.captions import asked, held_out_captions
 from batchsd.training.judge import Images, Judge, Rates, evaluate, score
 from batchsd.training.scenes import render
-from batchsd.types import BatchsdError, Request, Shard
+from batchsd.types import BatchsdError, Request, Shard, Task
 
 
-def draw(model: Model, captions: list[str], scheduler: str, steps: int, guidance: float) -> Images:
-    """Pictures of the captions, uint8 N H W 3; the seed of each is its number."""
+def draw(
+    model: Model,
+    captions: Sequence[str],
+    scheduler: str,
+    steps: int,
+    guidance: float,
+    task: Task = TextTask(),  # noqa: B008 (frozen)
+    inputs: Sequence[Mapping[str, Any]] | None = None,
+) -> Images:
+    """Pictures of the captions, uint8 N H W 3; the seed of each is its number, `inputs` what its task wants."""
     nothing = pa.table({"id": [None]})
 
     def requests() -> Iterator[Request]:
         for i, caption in enumerate(captions):
+            given = inputs[i] if inputs else {}
             yield Request(
-                str(i), i, 0, caption, None, i, steps, guidance, None, None, scheduler, "text", {}, nothing
+                str(i), i, 0, caption, None, i, steps, guidance, None, None, scheduler, "task", given, nothing
             )
 
     def raw(picture: np.ndarray) -> tuple[bytes, str]:
         return picture.tobytes(), "raw"
 
     engine = Engine(
-        model, schedulers=BUILTIN, tasks={"text": TextTask()}, encode=raw, settings=Settings(lanes=32)
+        model, schedulers=BUILTIN, tasks={"task": task}, encode=raw, settings=Settings(lanes=32)
     )
     found: dict[int, np.ndarray] = {}
     for _, record in engine.generate(iter([(Shard(1, 0, 1, 0, 0, len(captions)), requests())])):
@@ -50,15 +60,19 @@ def draw(model: Model, captions: list[str], scheduler: str, steps: int, guidance
     return np.stack([found[i] for i in range(len(captions))])
 
 
-@torch.no_grad()
 def ceiling(model: Model, judge: Judge, n: int) -> Rates:
     """The rates of true renders after one pass through the autoencoder."""
     scenes = [scene for _, scene in held_out_captions(n)]
-    pictures = torch.from_numpy(np.stack([render(scene).image for scene in scenes])).permute(0, 3, 1, 2)
-    means = model.vae.encode(pictures.to(model.vae.dtype) / 127.5 - 1).mean_BCHW
-    back = model.decode(means * model.vae.config.scaling_factor)
-    pixels = (back.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
-    return score(judge.read(pixels), [asked(scene) for scene in scenes])
+    pictures = round_trip(model, np.stack([render(scene).image for scene in scenes]))
+    return score(judge.read(pictures), [asked(scene) for scene in scenes])
+
+
+@torch.no_grad()
+def round_trip(model: Model, pictures_NHW3: Images) -> Images:
+    """Pictures through the autoencoder: the most that anything drawn with it could be like them."""
+    pixels = torch.from_numpy(pictures_NHW3).permute(0, 3, 1, 2).to(model.vae.dtype) / 127.5 - 1
+    back = model.decode(model.vae.encode(pixels).mean_BCHW * model.vae.config.scaling_factor)
+    return (back.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
 
 
 def table(groups: dict[str, Rates]) -> str:
