@@ -41,13 +41,13 @@ class Ledger:
         self.number = number
         self.folder = f"{OURS}/ledger/{number:04d}"
         self._suspects = f"{OURS}/suspects/{number:04d}.json"
+        self._plans: list[Plan] = []
 
     def plans(self) -> list[Plan]:
-        """The plan and its revisions; the last one stands."""
-        found: list[Plan] = []
-        while data := self.store.read(self._plan_name(len(found))):
-            found.append(from_json(data))
-        return found
+        """The plan and its revisions; the last one stands. They are never changed, so each is read once."""
+        while data := self.store.read(self._plan_name(len(self._plans))):
+            self._plans.append(from_json(data))
+        return list(self._plans)
 
     def plan(self) -> Plan | None:
         """The plan that stands, or None in a folder that has none yet."""
@@ -66,9 +66,10 @@ class Ledger:
         Raises UsageError where the folder holds another plan (and how it differs) or what is not ours.
         """
         if self.check(plan) is None:
-            self.store.remove(SUCCESS)  # that of the plans before this one
-        self.store.create_only(self._plan_name(0), plan.to_json())
-        self.check(plan)  # another driver may have been faster
+            if self.number > 1:
+                self.store.remove(SUCCESS)  # that of the plans before this one
+            if not self.store.create_only(self._plan_name(0), plan.to_json()):
+                self.check(plan)  # another driver was faster
         return plan
 
     def check(self, plan: Plan) -> Plan | None:
@@ -119,6 +120,8 @@ class Ledger:
             if not whole or _staging_name(self.number, marker.shard, marker.nonce) in staged:
                 self._publish(marker)
         self._sweep(total.done)
+        for folder in ("", OURS, *(f"{OURS}/{name}" for name in ("plans", "attempts", "suspects")), self.folder):
+            self.store.tidy(folder)
         return total
 
     def attempts(self) -> Counter[int]:
@@ -150,7 +153,8 @@ class Ledger:
         if not self.store.create_only(name, json.dumps(asdict(marker), indent=1).encode()):
             marker = self._standing(shard.index)
         self._publish(marker)
-        self._sweep({shard.index})
+        if attempt > 1:
+            self._sweep({shard.index})
         return marker
 
     def finish(self, plan: Plan) -> Tally:

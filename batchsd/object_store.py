@@ -140,7 +140,10 @@ class ObjectStore:
             self._ask(name, lambda: self.client.delete_object(**self._key(name)))
 
         below = [f"{folder}/{name}" for name, _ in self.entries(folder)]
-        list(self._each(delete, [*below, folder]))
+        list(self._each(delete, below or [folder]))
+
+    def tidy(self, folder: str) -> None:
+        """A PUT that was cut off leaves nothing."""
 
     def scratch(self, folder: str) -> Path:
         return self.building.make(folder)

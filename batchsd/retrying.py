@@ -61,6 +61,9 @@ class Retrying:
     def remove(self, folder: str) -> None:
         self._tried(lambda: self._store.remove(folder))
 
+    def tidy(self, folder: str) -> None:
+        self._store.tidy(folder)
+
     def scratch(self, folder: str) -> Path:
         return self._store.scratch(folder)
 

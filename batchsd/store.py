@@ -7,9 +7,11 @@ may be repeated without harm. Names are relative, with `/`; a name never leaves 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +20,9 @@ from typing import BinaryIO, Protocol
 from batchsd.redact import redact
 from batchsd.scratch import Scratch, disk_trouble
 from batchsd.types import UsageError
+
+LONGEST_WRITE = 600.0  # seconds, of one small file
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")  # a file before it has its name
 
 
 class Store(Protocol):
@@ -59,6 +64,10 @@ class Store(Protocol):
 
     def remove(self, folder: str) -> None:
         """Remove a file, or a folder and all in it; one that is absent, or that others remove too, is fine."""
+        ...
+
+    def tidy(self, folder: str) -> None:
+        """Remove what writes that were cut off left directly in `folder`, if they leave anything."""
         ...
 
     def scratch(self, folder: str) -> Path:
@@ -154,6 +163,14 @@ class LocalStore:
             path.unlink()
             return
         shutil.rmtree(path, ignore_errors=True)
+
+    def tidy(self, folder: str) -> None:
+        for name in self.children(folder):
+            if TEMPORARY.fullmatch(name):
+                path = self._path(f"{folder}/{name}" if folder else name)
+                with suppress(OSError):  # its writer was alive, and faster
+                    if time.time() - path.stat().st_mtime > LONGEST_WRITE:
+                        path.unlink()
 
     def scratch(self, folder: str) -> Path:
         if self.building is not None:

@@ -12,11 +12,13 @@ from batchsd.store import LocalStore, Store, open_store
 from batchsd.types import InfrastructureError, UsageError
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "moto", "memory"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "local":
         return LocalStore(tmp_path / "run")
-    return ObjectStore(f"s3://{request.getfixturevalue('bucket')}/deep/run", Scratch(tmp_path / "scratch"))
+    bucket = request.getfixturevalue("bucket" if request.param == "moto" else "memory")
+    name = bucket if request.param == "moto" else "bucket"
+    return ObjectStore(f"s3://{name}/deep/run", Scratch(tmp_path / "scratch"))
 
 
 def test_create_only_has_one_winner_among_many(store: Store) -> None:
