@@ -1,6 +1,6 @@
 """A manifest cell that stands for a picture becomes the bytes of a file.
 
-    bytes | struct<bytes, path> | path (of the manifest's folder, or absolute) | object-store URI | base64
+    bytes | struct<bytes, path> | path (of the manifest's folder, or absolute) | object-store URI | base64 | https
 
 Every read is bounded, and only plain files are read. What is wrong with a cell is its row's `bad_image`; a
 store that fails is no row's fault.
@@ -13,6 +13,7 @@ import binascii
 import io
 import posixpath
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -34,10 +35,11 @@ BARE_BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|UklGR|R0lGOD)[A-Za-z0-9+/\s]{40,}
 
 @dataclass(frozen=True, slots=True)
 class Cells:
-    """Where the paths of one manifest file begin: its store and its folder there."""
+    """Where the paths of one manifest file begin: its store and its folder there. `fetch` asks the web, if any may."""
 
     disk: Disk
     folder: str
+    fetch: Callable[[str, int], bytes] | None = None
 
     def read(self, cell: Any) -> bytes:
         """The file that a cell stands for. Raises RowError `bad_image`, or InfrastructureError."""
@@ -59,7 +61,10 @@ class Cells:
         shown = redact(cell if len(cell) <= 200 else cell[:197] + "...")
         scheme = urlsplit(cell).scheme.lower() if "://" in cell else ""
         if scheme in ("http", "https"):
-            raise bad(f"{shown}: pictures are not fetched from the web; copy them beside the manifest first")
+            if self.fetch is None:
+                host = urlsplit(cell).hostname or "a.host"
+                raise bad(f"{shown}: pictures are fetched from no host but those of input.allow_hosts = ['{host}']")
+            return _bounded(self.fetch(cell, MAX_BYTES))
         if scheme and scheme not in SCHEMES or "\0" in cell:
             raise bad(f"{shown}: a path, or a URI of {', '.join(SCHEMES)}")
         if scheme:

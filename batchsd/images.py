@@ -8,8 +8,8 @@ Anything that goes wrong is the row's `bad_image`. Transparent pixels lie on whi
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,68 @@ _NPY = b"\x93NUMPY"
 _WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # whole numbers beyond 8 bits
 
 
+Decode = Callable[[bytes], Any]
+
+
+class File(bytes):
+    """The bytes of an image file, with what a thread that reads ahead has decoded of it: once for each use to come."""
+
+    decoded: Mapping[Decode, list[Any]]
+
+    @property
+    def held(self) -> int:
+        """Bytes, those of what is decoded included."""
+        pictures = [pictures[0] for pictures in self.decoded.values() if pictures]
+        return len(self) + sum(np.asarray(picture).nbytes for picture in pictures)
+
+
 def rgb(content: bytes) -> Image.Image:
     """The picture as 8-bit RGB. CMYK, palettes, 16 bits, grey and alpha are converted. Raises RowError."""
+    return _taken(content, _rgb)
+
+
+def grey(content: bytes) -> Image.Image:
+    """The picture as 8-bit grey (mode L), alpha ignored: a mask. Raises RowError."""
+    return _taken(content, _grey)
+
+
+def field(content: bytes) -> np.ndarray:
+    """A map of numbers (a depth map) as float32 H W: a grey picture of 1 to 32 bits, or a .npy file.
+
+    Colours count by their luminance. Raises RowError, also where a number is not finite.
+    """
+    return _taken(content, _field)
+
+
+def decoded_ahead(column: str, content: bytes, uses: int) -> File:
+    """The file, decoded as tasks want that column, for so many uses. One that cannot be fails where it is used."""
+    file = File(content)
+    file.decoded = {}
+    decode = _BY_COLUMN.get(column)
+    if decode is not None:
+        with suppress(RowError):
+            file.decoded = {decode: [decode(content)] * uses}
+    return file
+
+
+def looked_at(column: str, content: bytes, uses: int) -> bytes:
+    """The bytes, if their header is that of an image file of a size that is taken. Raises RowError."""
+    if column in _BY_COLUMN:
+        with _decoding():
+            if column == "depth" and content.startswith(_NPY):
+                _npy_shape(io.BytesIO(content))
+            else:
+                _opened(content)
+    return content
+
+
+def _taken(content: bytes, decode: Decode) -> Any:
+    """What was decoded ahead, else decoded now."""
+    ready = content.decoded.get(decode) if isinstance(content, File) else None
+    return ready.pop() if ready else decode(content)
+
+
+def _rgb(content: bytes) -> Image.Image:
     with _decoding():
         picture = _upright(content)
         if picture.has_transparency_data:
@@ -39,17 +99,12 @@ def rgb(content: bytes) -> Image.Image:
         return _eight_bits(picture).convert("RGB")
 
 
-def grey(content: bytes) -> Image.Image:
-    """The picture as 8-bit grey (mode L), alpha ignored: a mask. Raises RowError."""
+def _grey(content: bytes) -> Image.Image:
     with _decoding():
         return _eight_bits(_upright(content)).convert("L")
 
 
-def field(content: bytes) -> np.ndarray:
-    """A map of numbers (a depth map) as float32 H W: a grey picture of 1 to 32 bits, or a .npy file.
-
-    Colours count by their luminance. Raises RowError, also where a number is not finite.
-    """
+def _field(content: bytes) -> np.ndarray:
     with _decoding():
         if content.startswith(_NPY):
             values = _npy(content)
@@ -61,6 +116,9 @@ def field(content: bytes) -> np.ndarray:
     if wrong:
         raise _bad(f"{wrong:,} of its {values.size:,} numbers are NaN or infinite")
     return values
+
+
+_BY_COLUMN: Mapping[str, Decode] = {"init_image": _rgb, "mask": _grey, "depth": _field}
 
 
 def grey16(values_HW: np.ndarray) -> bytes:
@@ -157,13 +215,19 @@ def _decoding() -> Iterator[None]:
 
 def _upright(content: bytes) -> Image.Image:
     """The first frame, turned as its EXIF orientation says."""
+    picture = _opened(content)
+    picture.load()
+    return ImageOps.exif_transpose(picture)
+
+
+def _opened(content: bytes) -> Image.Image:
+    """The file by its header alone: its format and size are known, no pixel is decoded."""
     try:
         picture: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.UnidentifiedImageError:
         raise _bad(f"not an image file of {', '.join(FORMATS)}") from None
     _check_size(*picture.size)
-    picture.load()
-    return ImageOps.exif_transpose(picture)
+    return picture
 
 
 def _check_size(width: int, height: int) -> None:
@@ -183,6 +247,13 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
 
 def _npy(content: bytes) -> np.ndarray:
     file = io.BytesIO(content)
+    shape = _npy_shape(file)
+    file.seek(0)
+    return np.load(file, allow_pickle=False).reshape(shape).astype(np.float32)
+
+
+def _npy_shape(file: io.BytesIO) -> tuple[int, int]:
+    """Height and width by the header. Raises RowError where it is no map of plain numbers in bounds."""
     version = np.lib.format.read_magic(file)
     readers: dict[tuple[int, int], Callable[..., Any]] = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -193,5 +264,4 @@ def _npy(content: bytes) -> np.ndarray:
     if len(plain) != 2 or kind.kind not in "fiub":
         raise _bad(f"an array of shape {shape} and type {kind}; give height x width of plain numbers")
     _check_size(plain[1], plain[0])
-    file.seek(0)
-    return np.load(file, allow_pickle=False).reshape(plain).astype(np.float32)
+    return plain[0], plain[1]

@@ -1,4 +1,6 @@
-"""Reads shards row by row, in bounded memory: row groups by pages, batches by their decoded size.
+"""Reads shards row by row, in bounded memory: row groups by pages, batches by their decoded size, images ahead.
+
+    row group -> pieces -> rows -> (in threads: images read and decoded, values checked, hashed) -> Requests
 
 A worker keeps one Reader. It remembers where it stopped, so that neighbouring shards of one huge row group
 are decoded once; only columns that the output or a task needs are read.
@@ -7,7 +9,8 @@ are decoded once; only columns that the output or a task needs are read.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from posixpath import dirname
 from typing import Any
 
@@ -15,12 +18,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchsd import columns
+from batchsd.ahead import THREADS, ahead
 from batchsd.cells import Cells
 from batchsd.find import open_parquet, reading
+from batchsd.images import File, decoded_ahead, looked_at
 from batchsd.job import Job
 from batchsd.manifest import InputFile, Manifest
 from batchsd.rows import InvalidText, Names, Resolver, parse_template
 from batchsd.types import Request, Shard, UsageError
+from batchsd.web import Web
 
 BATCH_ROWS = 1024
 BATCH_BYTES = 32 * 2**20  # decoded; a row that is larger comes alone
@@ -49,6 +55,20 @@ class Cursor:
             yield now
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A manifest row: its number in its file, its values by the manifest's names, and its columns that travel."""
+
+    file: InputFile
+    number: int
+    values: Mapping[str, Any]
+    travelling: pa.Table
+
+
+OpenImage = Callable[[str, bytes, int], bytes]
+"""What is done at once with the file of an image column, which so many rows will use. It may raise RowError."""
+
+
 @dataclass(slots=True)
 class Reader:
     """Reads the shards of a manifest as Requests. Made on a worker, of a Manifest and a Job.
@@ -61,25 +81,41 @@ class Reader:
     names: Names
     hasher: Callable[[Mapping[str, Any]], str]
     travelling: bool = True
+    open_image: OpenImage = decoded_ahead
     _cursor: Cursor | None = field(default=None, init=False, repr=False)
     _plan: _Columns = field(init=False, repr=False)
     _resolver: Resolver = field(init=False, repr=False)
+    _web: Web | None = field(init=False, repr=False)
+    _pool: ThreadPoolExecutor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        hosts = self.job.input.allow_hosts
+        self._web = Web(hosts) if hosts else None
+        self._pool = ThreadPoolExecutor(THREADS, "images")  # no thread starts before there is work
         self._plan = _Columns.of(self.manifest.schema, self.job, self.names, self.travelling)
         self._resolver = Resolver(self.job, self.names, self.hasher, parse_template(self.job))
 
     def read(self, shard: Shard) -> Iterator[Request]:
         """The shard's requests in row order, `repeat` to a row. A refused row has its `error` set.
 
-        Raises UsageError where the file is damaged or has changed since the plan.
+        Where tasks take images, rows are read some way ahead, in threads. Raises UsageError where the file is
+        damaged or has changed since the plan.
         """
+        rows = self._rows(shard)
+        found = ahead(self._requests, rows, self._pool, held) if self._plan.images else map(self._requests, rows)
+        index = 0
+        for requests in found:
+            for request in requests:
+                yield replace(request, index=index)
+                index += 1
+
+    def _rows(self, shard: Shard) -> Iterator[Row]:
         file = self.manifest.files[shard.file]
         # The cursor is taken while in use: a second read that begins meanwhile opens its own.
         cursor, self._cursor = self._cursor, None
         if cursor is None or (cursor.file, cursor.row) != (shard.file, shard.start):
             cursor = self._open(shard.file, shard.start)
-        row, index = shard.start, 0
+        row = shard.start
         pieces = cursor.take(shard.count)
         while row < shard.start + shard.count:
             with reading(f"{file.path}: rows from {row}", self.manifest.disk):
@@ -89,25 +125,24 @@ class Reader:
                     raise UsageError(
                         f"{file.path}: ends at row {row}, before the {file.rows} of its footer"
                     ) from None
-            for request in self._requests(piece, file, row, index):
-                yield request
-                index += 1
+            values = {name: python_values(piece.column(name)) for name in self._plan.needed}
+            kept = pa.Table.from_batches([repaired(piece.select(self._plan.travelling))])
+            for i in range(piece.num_rows):
+                yield Row(file, row + i, {name: column[i] for name, column in values.items()}, kept.slice(i, 1))
             row += piece.num_rows
         self._cursor = cursor
 
-    def _requests(self, piece: pa.RecordBatch, file: InputFile, first: int, index: int) -> Iterator[Request]:
-        plan = self._plan
-        values = {name: python_values(piece.column(name)) for name in plan.needed}
-        kept = pa.Table.from_batches([repaired(piece.select(plan.travelling))])
-        cells = Cells(self.manifest.disk, dirname(file.path))
-        for i in range(piece.num_rows):
-            theirs = {name: column[i] for name, column in values.items()}
-            ours = {name: theirs[source] for name, source in plan.sources.items()}
-            row_columns = kept.slice(i, 1)
-            place = f"{file.name}:{first + i}"
-            for fields, error in self._resolver.requests(ours, theirs, place, cells.read):
-                yield Request(index=index, columns=row_columns, error=error, **fields)
-                index += 1
+    def _requests(self, row: Row) -> list[Request]:
+        """The row's requests, not yet numbered."""
+        cells = Cells(self.manifest.disk, dirname(row.file.path), self._web.fetch if self._web else None)
+        uses = self.job.input.repeat
+
+        def read_image(name: str, cell: Any) -> bytes:
+            return self.open_image(name, cells.read(cell), uses)
+
+        ours = {name: row.values[source] for name, source in self._plan.sources.items()}
+        found = self._resolver.requests(ours, row.values, f"{row.file.name}:{row.number}", read_image)
+        return [Request(index=0, columns=row.travelling, error=error, **fields) for fields, error in found]
 
     def _open(self, number: int, row: int) -> Cursor:
         file, disk = self.manifest.files[number], self.manifest.disk
@@ -146,6 +181,11 @@ class _Columns:
     sources: Mapping[str, str]
     schema: pa.Schema
 
+    @property
+    def images(self) -> bool:
+        """Whether rows bring images that a task wants."""
+        return not self.sources.keys().isdisjoint(columns.IMAGE_INPUTS)
+
     @classmethod
     def of(cls, schema: pa.Schema, job: Job, names: Names, travelling: bool) -> _Columns:
         ours = [*columns.INPUT_COLUMNS]
@@ -161,6 +201,11 @@ class _Columns:
         kept = columns.travelling(schema, job) if travelling else []
         read = tuple(name for name in schema.names if name in {*needed, *kept})
         return cls(read, needed, kept, sources, pa.schema([schema.field(name) for name in read]))
+
+
+def held(requests: list[Request]) -> int:
+    """Bytes of a row's images: all its repeats share them."""
+    return sum(value.held for value in requests[0].inputs.values() if isinstance(value, File))
 
 
 # --- decoding ------------------------------------------------------------------------------------------
@@ -251,8 +296,11 @@ def repaired(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def scan(manifest: Manifest, job: Job, names: Names) -> Iterator[tuple[str, str]]:
-    """(key, what is wrong) for every row that would be refused, in order; reads the columns it needs."""
-    reader = Reader(manifest, job, names, hasher=lambda fields: "", travelling=False)
+    """(key, what is wrong) for every row that would be refused, in order; reads the columns it needs.
+
+    Of images the headers are looked at: what is damaged further on fails when it is drawn.
+    """
+    reader = Reader(manifest, job, names, hasher=lambda fields: "", travelling=False, open_image=looked_at)
     for number, file in enumerate(manifest.files):
         if not file.rows:
             continue

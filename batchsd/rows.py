@@ -153,6 +153,10 @@ class Template:
 # --- a row ---------------------------------------------------------------------------------------------
 
 
+ReadImage = Callable[[str, Any], bytes]
+"""(column, by our name; cell) -> the bytes of an image file."""
+
+
 @dataclass(frozen=True, slots=True)
 class Resolver:
     """Turns a row's values, under our column names, into the fields of a Request."""
@@ -167,13 +171,13 @@ class Resolver:
         row: Mapping[str, Any],
         manifest_row: Mapping[str, Any],
         place: str,
-        read_image: Callable[[Any], bytes],
+        read_image: ReadImage,
     ) -> Iterator[tuple[dict[str, Any], RowError | None]]:
         """(fields of Request, what is wrong) for each repeat.
 
         `row` is by our names, `manifest_row` by the manifest's (for the template); `place` is `<file>:<row>`,
-        the key where the row has no `id`; `read_image` turns an image's cell into file bytes, or raises
-        RowError. An explicit seed moves by one a repeat, mod 2^32. Where a value is refused its field is None,
+        the key where the row has no `id`; `read_image` turns the cell of an image's column into file bytes, or
+        raises RowError. An explicit seed moves by one a repeat, mod 2^32. Where a value is refused its field is None,
         except for text, which stays as it was given.
         """
         problems: list[str] = []
@@ -240,7 +244,7 @@ class Resolver:
         self,
         row: Mapping[str, Any],
         task: str | None,
-        read_image: Callable[[Any], bytes],
+        read_image: ReadImage,
         problems: list[str],
     ) -> dict[str, Any]:
         """What the task declared: the row's value, else the job's [conditioning] setting of that name."""
@@ -251,7 +255,7 @@ class Resolver:
                 value = getattr(self.job.conditioning, name, None)
             elif name in IMAGE_INPUTS:
                 try:
-                    value = read_image(value)
+                    value = read_image(name, value)
                 except RowError as error:
                     problems.append(f"{name}: {error}")
                     value = None

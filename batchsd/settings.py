@@ -6,6 +6,7 @@ Values must have the type that is written here ("20" is no number); an unknown k
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 MIN_SIZE, MAX_SIZE = 16, 4096  # pixels: latents of 2 to 512; no SD checkpoint draws sense beyond either end
 MAX_STEPS = 1000  # training steps of every SD checkpoint
 MAX_SEED = 2**32 - 1  # torch's CPU generator uses the low 32 bits
+
+HOST = re.compile(r"[\w-]+(?:\.[\w-]+)+(?::\d+)?")
 
 Positive = Annotated[int, Field(ge=1)]
 Auto = Literal["auto"]
@@ -35,6 +38,17 @@ class Input(Section):
         default=None, description="template over the manifest's columns; {{ is a brace"
     )
     repeat: Positive = Field(default=1, description="pictures a row")
+    allow_hosts: Texts = Field(
+        default=(), description="hosts from which condition images may be fetched over https: images.example.org"
+    )
+
+    @field_validator("allow_hosts")
+    @classmethod
+    def _hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for host in value:
+            if not HOST.fullmatch(host):
+                raise ValueError(f"{host!r}: should be a host's name, as images.example.org or images.example.org:8443")
+        return value
 
 
 class Model(Section):

@@ -96,7 +96,7 @@ BAD = {
     "zero device": ("/dev/zero", "not a plain file"),
     "web": (
         "https://u:secret@host/a.png?key=1",
-        r"^https://<redacted>@host/a\.png\?<redacted>: .*not fetched",
+        r"^https://<redacted>@host/a\.png\?<redacted>: .*input.allow_hosts = \['host'\]",
     ),
     "other scheme": ("ftp://host/a.png", "a path, or a URI of file, s3"),
     "NUL": ("a\0.png", "a path, or a URI"),

@@ -1,19 +1,26 @@
 """Shards become Requests. The oracle is pyarrow reading the whole file at once."""
 
+import io
 import pickle
+import threading
+import time
 from itertools import product
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 import batchsd.reader
+from batchsd import images
+from batchsd.cells import Cells
 from batchsd.job import Job, load
 from batchsd.manifest import open_manifest
 from batchsd.reader import BATCH_BYTES, Reader, scan
 from batchsd.rows import Names
 from batchsd.types import Shard, UsageError
+from batchsd.web import Web
 
 NAMES = Names(("dpmpp_2m", "euler"), {"text": (), "image": ("init_image", "strength")})
 
@@ -215,3 +222,65 @@ def test_scan_finds_all_bad_rows_and_only_these():
         ("z", "steps: 0 is outside 1 to 1000"),
         ("b.parquet:1", "height: 65 is not a multiple of 8"),
     ]
+
+
+def png(colour: str = "red") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_images_are_read_ahead_in_order_and_each_fails_alone(monkeypatch):
+    threads, lock = set(), threading.Lock()
+    read = Cells.read
+
+    def noted(self, cell):
+        with lock:
+            threads.add(threading.current_thread().name)
+        time.sleep(0.01 if cell == "0.png" else 0)  # the first is the slowest
+        return read(self, cell)
+
+    monkeypatch.setattr(Cells, "read", noted)
+    write({"prompt": [f"p{i}" for i in range(40)], "init_image": [f"{i}.png" for i in range(40)]})
+    for i in range(40):
+        if i != 7:
+            Path(f"in/{i}.png").write_bytes(png() if i != 9 else b"<html>")
+    it = reader(job("conditioning.task=image", "input.repeat=2"))
+    found = list(it.read(shard(0, 0, 25))) + list(it.read(shard(0, 25, 15)))
+    assert [(r.prompt, r.index, r.repeat_index) for r in found] == [
+        (f"p{i}", 2 * (i if i < 25 else i - 25) + k, k) for i in range(40) for k in (0, 1)
+    ]
+    assert {r.key: str(r.error) for r in found if r.error} == {
+        "a.parquet:7": "init_image: 7.png: no such file"
+    }, "what cannot be decoded fails where it is used"
+    assert all(name.startswith("images") for name in threads) and len(threads) > 1
+    content = found[0].inputs["init_image"]
+    assert content == png() and content.held == len(png()) + 8 * 8 * 3
+    assert images.rgb(content) is images.rgb(found[1].inputs["init_image"]), "decoded once for both repeats"
+    assert content.held == len(png()), "and let go with the last use"
+    assert images.rgb(content).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_validate_looks_at_headers():
+    truncated = png()[:-30]
+    cells = [png(), b"<html>", b"", truncated]
+    write({"prompt": ["p"] * 4, "init_image": cells})
+    asked = job("conditioning.task=image")
+    assert list(scan(open_manifest(asked), asked, NAMES)) == [
+        ("a.parquet:1", "init_image: not an image file of PNG, JPEG, WEBP, GIF, BMP, TIFF"),
+        ("a.parquet:2", "init_image: an empty file: zero bytes"),
+    ]
+
+
+def test_the_web_is_asked_where_the_job_names_hosts(monkeypatch):
+    write({"prompt": ["p"], "init_image": ["https://a.example/p.png"]})
+    (refused,) = reader(job("conditioning.task=image")).read(shard(0, 0, 1))
+    assert "input.allow_hosts = ['a.example']" in str(refused.error)
+    web = Web(("a.example",), resolve=lambda host, port: ["10.0.0.1"])
+    monkeypatch.setattr(batchsd.reader, "Web", lambda hosts: web if tuple(hosts) == ("a.example",) else None)
+    allowed = job("conditioning.task=image", "input.allow_hosts=['a.example']")
+    (inner,) = reader(allowed).read(shard(0, 0, 1))
+    assert str(inner.error) == "init_image: https://a.example/p.png: a.example is 10.0.0.1, which is no public address"
+    for wrong in ("https://a.example", "a.example/x", "*", "localhost"):
+        with pytest.raises(UsageError, match=r"input\.allow_hosts.*should be a host's name"):
+            job(f"input.allow_hosts=['{wrong}']")

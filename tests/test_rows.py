@@ -39,7 +39,7 @@ def make(tmp_path_factory):
     return make_job
 
 
-def read_image(cell) -> bytes:
+def read_image(name, cell) -> bytes:
     if cell == "missing.png":
         raise RowError("bad_image", "missing.png: no such file")
     return cell["bytes"] if isinstance(cell, dict) else bytes(cell)
@@ -135,7 +135,7 @@ def test_a_template_needs_its_columns(make):
     resolver = Resolver(job, NAMES, lambda fields: "h", Template.parse(job.input.prompt))
 
     def prompt(**row):
-        ((fields, problem),) = resolver.requests({}, row, "p:0", bytes)
+        ((fields, problem),) = resolver.requests({}, row, "p:0", read_image)
         return fields["prompt"], str(problem or "")
 
     assert prompt(color="red", shape="cube") == ("a red cube, {x}", "")
