@@ -171,6 +171,7 @@ def load(
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     parts = read_parts(path, vae, ema)
+    needs_vae(parts)
     ranges = mapped_ranges()
     unet, autoencoder = networks(parts)
     fill(unet, parts.unet, f"{parts.where}: unet")
@@ -209,9 +210,13 @@ def read_parts(path: Path, vae: str = "", ema: bool = False) -> Parts:
     if vae:
         config, state = read_vae(Path(vae), parts.vae_config)
         return replace(parts, vae_config=config, vae=state)
-    if not parts.vae:
-        raise UsageError(f"{path}: holds no autoencoder; name one as model.vae")
     return parts
+
+
+def needs_vae(parts: Parts) -> None:
+    """Raises `UsageError` where there is no autoencoder, as single files may be."""
+    if not parts.vae:
+        raise UsageError(f"{parts.where}: holds no autoencoder; name one as model.vae")
 
 
 def networks(parts: Parts) -> tuple[UNet, AutoencoderKL]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from batchsd.model.checkpoint import networks, read_parts
+from batchsd.model.checkpoint import needs_vae, networks, read_parts
 from batchsd.model.text import known_names, text_network
 from batchsd.model.weights import State, check, differences
 
@@ -21,7 +21,9 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     """Family, reasons, native size in pixels, scheduler, and each network's facts. Raises `UsageError`."""
     parts = read_parts(path)
     unet, vae = networks(parts)
-    found = {"unet": network_facts(unet, parts.unet), "vae": network_facts(vae, parts.vae)}
+    found = {"unet": network_facts(unet, parts.unet)}
+    missing = {**weight_facts({}), "problems": ["none in it; name one as model.vae"]}
+    found["vae"] = network_facts(vae, parts.vae) if parts.vae else missing
     for i, text in enumerate(parts.texts):
         model = text_network(text.config)
         found["text_encoder" + ("_2" if i else "")] = network_facts(model, known_names(text.state, model))
@@ -49,6 +51,7 @@ def recognised(path: Path, vae: str = "", ema: bool = False) -> tuple[str, ...]:
     Raises `UsageError` where U-Net or VAE are not whole, of another kind, or broken.
     """
     parts = read_parts(path, vae, ema)
+    needs_vae(parts)
     for name, network, state in zip(("unet", "vae"), networks(parts), (parts.unet, parts.vae), strict=True):
         check(network, state, f"{parts.where}: {name}")
     return parts.reasons
@@ -72,17 +75,17 @@ def weight_facts(state: State) -> dict[str, Any]:
 
 def describe(facts: Mapping[str, Any]) -> list[str]:
     """The facts as lines for people."""
-    side, latents = facts["native_size"], facts["latent_size"]
+    side, latents, more = facts["native_size"], facts["latent_size"], facts["extra_channels"]
     lines = [
         *facts["reasons"],
         f"native size {side} x {side} pixels: latents of {latents} x {latents}, scaled by {facts['scaling_factor']}",
         f"U-Net of {', '.join(map(str, facts['channels']))} channels, told texts of width {facts['context_dim']}"
-        + (f" and {facts['extra_channels']} more input channels" if facts["extra_channels"] else ""),
+        + (f"; {more} input channel{'s' * (more > 1)} beside the latents" if more else ""),
     ]
     for name, network in facts["networks"].items():
         types, size = ", ".join(network["dtypes"]), f"{network['bytes'] / 1e6:,.1f} MB"
         count = f"{network['parameters']:,} parameters in {network['tensors']:,} tensors"
-        lines.append(f"{name}: {count}, {types}, {size}")
+        lines += [f"{name}: {count}, {types}, {size}"] if network["tensors"] else []
         lines += [f"{name}: {problem}" for problem in network["problems"]]
     whole = not any(network["problems"] for network in facts["networks"].values())
     return [*lines, "nothing missing, nothing unused" if whole else "not drawable as it is"]

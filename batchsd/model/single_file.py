@@ -25,6 +25,7 @@ _VAE = ("first_stage_model.", "vae.")
 _DEPTH = "depth_model.model."
 _CLIP = {"SD1": "cond_stage_model.transformer.", "SDXL": "conditioner.embedders.0.transformer."}
 _OPENCLIP = {"SD2": "cond_stage_model.model.", "SDXL": "conditioner.embedders.1.model."}
+_USUAL_VAE: dict[str, Any] = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2}  # of every family
 # Inside the networks' prefixes, and no part of them: training losses, position numbers.
 _IGNORED = ("loss.", "position_ids")
 
@@ -66,8 +67,8 @@ def _taken_apart(state: State, notes: Mapping[str, str], where: str, ema: bool) 
         "upcast_attention": prediction == "v_prediction" and family is SD2,
         "sample_size": sample_size(family, prediction),
     }
-    vae_config = {"scaling_factor": family.scaling_factor, "force_upcast": family.force_upcast}
-    vae_config |= vae_dict(vae) if vae else {}
+    vae_config: dict[str, Any] = {"scaling_factor": family.scaling_factor, "force_upcast": family.force_upcast}
+    vae_config |= vae_dict(vae) if vae else _USUAL_VAE
     return Parts(
         where, f"{family.name} {task}", unet_config, unet, vae_config, vae, _texts(family, state, where), scheduler,
         family.zero_negative, reasons, _depth(state, where),

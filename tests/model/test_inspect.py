@@ -30,6 +30,14 @@ def test_a_single_file(tmp_path: Path) -> None:
     assert not any(network["problems"] for network in facts["networks"].values())
 
 
+def test_a_file_without_an_autoencoder(tmp_path: Path) -> None:
+    state = {n: v for n, v in to_ldm(networks("SD1")).items() if not n.startswith("first_stage_model.")}
+    save_file(state, tmp_path / "pruned.safetensors")
+    done = CliRunner().invoke(commands, ["inspect", str(tmp_path / "pruned.safetensors")])
+    assert done.exit_code == 2 and "vae: none in it; name one as model.vae\n" in done.output
+    assert "native size 512 x 512 pixels" in done.output and done.output.endswith("not drawable as it is\n")
+
+
 def test_the_command_names_what_is_missing(checkpoint: Path, tmp_path: Path) -> None:
     import shutil
 

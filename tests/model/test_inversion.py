@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from batchsd.model.checkpoint import load
 from batchsd.types import UsageError
+from tests.tasks.xl import write_xl
 
 
 def test_a_word_of_one_vector_equals_diffusers(checkpoint: Path, tmp_path: Path) -> None:
@@ -40,6 +41,27 @@ def test_a_word_of_several_vectors(checkpoint: Path, tmp_path: Path, layout: str
     assert torch.equal(model.text.embedding.weight[first : first + 2], vectors)
     plain = load(checkpoint).text
     assert model.text.tokens_cut("glow " * 40) - plain.tokens_cut("a " * 40) == 40
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_sdxl_teaches_both_encoders_as_diffusers_does(tmp_path: Path, count: int) -> None:
+    """The pooled text too, which must be taken at the end mark, though the new words have greater numbers."""
+    from diffusers import StableDiffusionXLPipeline
+
+    folder = write_xl(tmp_path / "xl")
+    vectors = {"clip_l": torch.randn(count, 64), "clip_g": torch.randn(count, 128)}
+    save_file(vectors, tmp_path / "<glow>.safetensors")
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    for key, encoder, tokenizer in (
+        ("clip_l", pipe.text_encoder, pipe.tokenizer), ("clip_g", pipe.text_encoder_2, pipe.tokenizer_2),
+    ):  # fmt: skip
+        pipe.load_textual_inversion(vectors[key], token="<glow>", text_encoder=encoder, tokenizer=tokenizer)
+    states, _, pooled, _ = pipe.encode_prompt("a <glow> cube", device="cpu", do_classifier_free_guidance=False)
+    ours, our_pooled = load(folder, embeddings=[str(tmp_path / "<glow>.safetensors")]).encode_prompts(["a <glow> cube"])
+    assert torch.allclose(ours, states, atol=1e-4) and our_pooled is not None
+    assert torch.allclose(our_pooled, pooled, atol=1e-4)
+    plain, _ = load(folder).encode_prompts(["a <glow> cube"])
+    assert not torch.allclose(ours, plain, atol=1e-2)
 
 
 def test_what_does_not_fit_is_one_clear_line(checkpoint: Path, tmp_path: Path) -> None:
