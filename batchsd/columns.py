@@ -180,37 +180,76 @@ def to_table(records: Sequence[Record], schema: pa.Schema, name: str) -> pa.Tabl
 
     A failed row has a null picture. Settings of a row that never ran are null where they were refused.
     """
-    facts = json.loads(schema.metadata[b"batchsd"])
+    facts, columns = _parsed(schema)
     given = pa.concat_tables([record.request.columns for record in records])
     arrays = []
-    for field in schema:
-        ours = field.metadata.get(OURS)
-        if ours is None:
-            column = given.column(field.metadata[MANIFEST].decode())
-            arrays.append(column.combine_chunks())
+    for column in columns:
+        if column.ours is None:
+            arrays.append(given.column(column.manifest).combine_chunks())
         else:
-            value = _VALUES[ours.decode()]
-            arrays.append(pa.array([value(record, name, facts) for record in records], type=field.type))
+            value = _VALUES[column.ours]
+            arrays.append(pa.array([value(record, name, facts) for record in records], type=column.type))
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def row_json(record: Record, schema: pa.Schema, name: str) -> str:
     """The row as one JSON object: every column but those that hold bytes; dates as text, NaN as null."""
-    table = to_table([record], schema, name)
-    kept = [field.name for field in schema if not holds_bytes(field.type)]
-    (row,) = table.select(kept).to_pylist()
+    facts, columns = _parsed(schema)
+    row = {}
+    for column in columns:
+        if column.bytes:
+            continue
+        if column.ours is None:
+            value = record.request.columns.column(column.manifest)[0].as_py()
+        else:
+            value = _VALUES[column.ours](record, name, facts)
+            if value is not None and not column.plain:
+                value = pa.scalar(value, type=column.type).as_py()  # as a table holds it
+        row[column.name] = value
     return json.dumps(json_value(row), ensure_ascii=True, sort_keys=True)
+
+
+def facts_of(schema: pa.Schema) -> Mapping[str, Any]:
+    """Our metadata of an output schema: `model`, `version`, the job."""
+    return _parsed(schema)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Parsed(Column):
+    """A column of an output schema. `bytes`: it holds binary; `plain`: Python's values are the table's."""
+
+    bytes: bool = False
+    plain: bool = False
+
+
+def _parsed(schema: pa.Schema) -> tuple[Mapping[str, Any], Sequence[_Parsed]]:
+    """Metadata and columns of an output schema, read once: a worker writes all its rows with one schema."""
+    last = _LAST.get("schema")
+    if last is None or last[0] is not schema:
+        columns = []
+        for field in schema:
+            ours, manifest = (field.metadata.get(key, b"").decode() or None for key in (OURS, MANIFEST))
+            kind = field.type
+            plain = kind in (pa.string(), pa.int32(), pa.int64())
+            columns.append(_Parsed(field.name, kind, ours, manifest, holds_bytes(kind), plain))
+        last = _LAST["schema"] = (schema, json.loads(schema.metadata[b"batchsd"]), columns)
+    return last[1], last[2]
+
+
+_LAST: dict[str, tuple[pa.Schema, Mapping[str, Any], Sequence[_Parsed]]] = {}
 
 
 def json_value(value: Any) -> Any:
     """A cell as `row_json` holds it."""
+    if value is None or isinstance(value, str | int):
+        return value
     if isinstance(value, Mapping):
         return {str(key): json_value(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [json_value(inner) for inner in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
+    return str(value)
 
 
 def picture_name(name: str, index: int, extension: str) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchsd.columns import row_json
+from batchsd.columns import facts_of, row_json
 from batchsd.types import Record, Sink, SinkWriter
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _out_of_webp(data: bytes) -> bytes:
 def tell(record: Record, embed: Sequence[str], schema: pa.Schema, name: str) -> bytes:
     """The record's picture file with what `embed` names; its pixels are the same, to the bit."""
     assert record.image is not None
-    facts = json.loads(schema.metadata[b"batchsd"])
+    facts = facts_of(schema)
     text = parameters(record, facts) if "parameters" in embed else ""
     row = row_json(record, schema, name) if "row" in embed else ""
     xmp = XMP.format(SOURCE_TYPES + source_type(record)).encode() if "xmp" in embed else b""
@@ -115,7 +115,7 @@ def source_type(record: Record) -> str:
     return "compositeWithTrainedAlgorithmicMedia" if record.request.task in COMPOSITE else whole
 
 
-def parameters(record: Record, facts: dict[str, Any]) -> str:
+def parameters(record: Record, facts: Mapping[str, Any]) -> str:
     """A1111's text: the prompt, the negative prompt, and one last line of settings."""
     request = record.request
     model, _, _ = str(facts.get("model", "")).partition("@")
