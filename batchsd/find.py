@@ -97,6 +97,11 @@ def find(uri: str) -> tuple[Disk, list[Found]]:
     return disk, sorted(found, key=lambda file: file.name)
 
 
+def disk_of(uri: str) -> Disk:
+    """The disk alone, whether or not anything is there."""
+    return _split(uri)[0]
+
+
 def _split(uri: str) -> tuple[Disk, str]:
     if "://" not in uri:
         return Disk(""), uri

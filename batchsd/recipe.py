@@ -83,6 +83,7 @@ class Recipe:
             beat=lambda: engine.meter.network_calls + engine.meter.pictures,
             facts={
                 **versions(),
+                **cuda_versions(model.device),
                 "dtype": self.dtype,
                 "device": device_name(model.device),
                 "backend": job.model.backend,
@@ -160,6 +161,16 @@ def engine_settings(job: Job) -> Any:
 
 def versions() -> dict[str, str]:
     return {"batchsd": __version__, "torch": version("torch"), "python": platform.python_version()}
+
+
+def cuda_versions(device: Any) -> dict[str, str]:
+    """The GPU's driver, as the kernel tells it, and the CUDA that torch was built for."""
+    import torch
+
+    if device.type != "cuda":
+        return {}
+    driver = Path("/sys/module/nvidia/version")
+    return {"driver": driver.read_text().strip() if driver.exists() else "unknown", "cuda": str(torch.version.cuda)}
 
 
 def device_name(device: Any) -> str:

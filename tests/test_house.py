@@ -23,7 +23,8 @@ MAY_IMPORT = {
     # the command line
     "__main__": "cli",
     "cli": "cluster doctor drive estimate export infra job ledger lock manifest marker model place "
-    "plugins prepare progress reader recipe report revise starter status stop store summary verify",
+    "plugins prepare progress reader recipe report reproduce revise starter status stop store summary verify",
+    "reproduce": "cells columns find job ledger manifest marker plan plugins published recipe revise rows store",
     "report": "marker redact reread store",
     "infra": "job",
     "starter": "",

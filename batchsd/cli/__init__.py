@@ -16,7 +16,7 @@ from batchsd.cli.export import export, report
 from batchsd.cli.health import doctor
 from batchsd.cli.infra import infra
 from batchsd.cli.look import inspect, plan, plugins, schema, status, validate
-from batchsd.cli.operate import verify
+from batchsd.cli.operate import reproduce, verify
 from batchsd.cli.run import retry, run
 from batchsd.cli.terminal import say
 from batchsd.types import BatchsdError
@@ -48,6 +48,6 @@ def commands() -> None:
     """Turn a Parquet manifest of prompts into a dataset of pictures."""
 
 
-looking = (plan, validate, status, verify, report, inspect, plugins, schema, doctor)
+looking = (plan, validate, status, verify, reproduce, report, inspect, plugins, schema, doctor)
 for command in (init, run, retry, export, infra, *looking):
     commands.add_command(command)

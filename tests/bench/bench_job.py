@@ -28,16 +28,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchsd import plugins
-from batchsd.drive import Stop, drive
+from batchsd.bench import Source, Workbench
+from batchsd.drive import drive
 from batchsd.encode import encoder
+from batchsd.executor import InProcess
 from batchsd.job import Job, load
 from batchsd.ledger import Ledger
 from batchsd.marker import Marker
 from batchsd.prepare import Prepared, prepare
 from batchsd.recipe import sink_of
 from batchsd.revise import begin_run, limited
-from batchsd.run import InProcess, Source, Workbench
 from batchsd.status import read_status
+from batchsd.stop import Stop
 from batchsd.types import OutputFile, Record, Request, Shard
 
 GROUP = 100_000  # manifest rows a row group
