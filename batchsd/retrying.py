@@ -22,7 +22,7 @@ WAITS = (2.0, 10.0)  # seconds between the tries
 class Retrying:
     """Passes everything on to `store`; raises its InfrastructureError where the last try fails too."""
 
-    def __init__(self, store: Store, waits: Sequence[float] = WAITS) -> None:
+    def __init__(self, store: Store, waits: Sequence[float]) -> None:
         self.uri = store.uri
         self._store, self._waits = store, waits
 
@@ -81,13 +81,13 @@ class Retrying:
 
 def patient(store: Store) -> Store:
     """The store, with tries where it has none of its own."""
-    return Retrying(store) if isinstance(store, LocalStore) else store
+    return Retrying(store, WAITS) if isinstance(store, LocalStore) else store
 
 
 class Backoff:
     """Counts failures in a row, of any number of workers; those that come while all wait are the same one."""
 
-    def __init__(self, waits: Sequence[float] = WAITS, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, waits: Sequence[float], clock: Callable[[], float] = time.monotonic) -> None:
         self._waits, self._clock = waits, clock
         self._count, self._until = 0, 0.0
 
