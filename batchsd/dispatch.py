@@ -264,7 +264,7 @@ class Drive:
                 f"{shard.name} failed {SHARD_TRIES} times, with no row to blame; last: {loss.cause} (rows in flight: "
                 f"{rows}); all of it in {kept}"
             )
-        self.suspects.accuse(shard.index, entry.rows, loss.kind, loss.cause)
+        self.suspects.accuse(shard.index, entry.rows, loss.cause)
         self.log(f"{shard.name}: attempt {entry.attempt} failed, {len(entry.rows)} rows are drawn alone: {loss.cause}")
 
     def _keep_log(self, name: str, text: str) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from batchsd.types import InfrastructureError
@@ -32,14 +32,17 @@ STATUS = {"crashed": "crashed", "timeout": "timeout", "oom": "oom", "raised": "e
 
 @dataclass
 class Case:
-    """What is held against a row. `deaths` are those alone, in a row; `doubts` those of workers not yet proven."""
+    """What is held against a row: how its workers ended while it was alone; `doubts`: before they were proven."""
 
     shard: int
     row: int
-    kind: str
     cause: str
-    deaths: int = 0
+    ends: list[str] = field(default_factory=list)
     doubts: int = 0
+
+    @property
+    def deaths(self) -> int:
+        return len(self.ends)
 
 
 class Suspects:
@@ -53,11 +56,11 @@ class Suspects:
         self.proven: set[int] = set()  # workers that have drawn a row well
         self._doubtful = 0
 
-    def accuse(self, shard: int, rows: Iterable[int], kind: str, cause: str) -> None:
+    def accuse(self, shard: int, rows: Iterable[int], cause: str) -> None:
         """A worker was lost while it had these rows."""
         for row in rows:
             if (shard, row) not in self.condemned:
-                self.cases.setdefault((shard, row), Case(shard, row, kind, cause))
+                self.cases.setdefault((shard, row), Case(shard, row, cause))
 
     def open(self, shard: int) -> bool:
         """Whether a row of the shard is yet to be tried."""
@@ -111,7 +114,8 @@ class Suspects:
         self.ended(worker)
         case = self.cases.get(row)
         if case is not None and proven:
-            case.deaths, case.kind, case.cause = case.deaths + 1, kind, cause
+            case.ends.append(kind)
+            case.cause = cause
             if case.deaths < LONE_DEATHS:
                 return None
             self._condemn(case)
@@ -144,7 +148,9 @@ class Suspects:
     def _condemn(self, case: Case) -> None:
         del self.cases[case.shard, case.row]
         message = f"ended its worker {case.deaths} times while it was drawn alone; last: {case.cause}"
-        self.condemned[case.shard, case.row] = (STATUS[case.kind], message)
+        # One of the deaths may have been another's doing.
+        kind = Counter(case.ends).most_common(1)[0][0]
+        self.condemned[case.shard, case.row] = (STATUS[kind], message)
 
     # -- between two drivers ------------------------------------------------------------------------------
 
@@ -222,7 +228,7 @@ def recovered(values: Mapping[str, Any], where: Mapping[str, Any]) -> tuple[Susp
             failures.pop(shard, None)
         return found, failures
     for shard, rows in flight["rows"]:
-        found.accuse(shard, rows, "crashed", cause)
+        found.accuse(shard, rows, cause)
         failures[shard] += 1
     return found, failures
 

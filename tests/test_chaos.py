@@ -140,7 +140,10 @@ class Chaos:
         """Every row once, in order; exactly the planted ones failed; every kill landed where it was to."""
         assert [row["id"] for row in rows] == [f"id{i}" for i in range(self.rows)]
         failed = {i: row["status"] for i, row in enumerate(rows) if row["status"] != "ok"}
-        assert failed == {i: STATUS.get(kind, kind) for i, kind in self.planted.items()}
+        wanted = {i: STATUS.get(kind, kind) for i, kind in self.planted.items()}
+        # A row that hangs for seconds, alone, may be killed at random there more often than it is found silent.
+        hung = {i for i, status in wanted.items() if status == "timeout" and failed.get(i) == "crashed"}
+        assert failed == wanted | dict.fromkeys(hung, "crashed")
         assert all((row["image"] is None) == (i in self.planted) for i, row in enumerate(rows))
         landed = Counter((kill["who"], kill["step"]) for kill in self.lines("kills"))
         missing = [step for step in DRIVER_STEPS if not landed["driver", step]]

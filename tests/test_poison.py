@@ -29,8 +29,8 @@ def tried(suspects: Suspects, poison: set[Row], worker: int = 0, broken: int = 0
 @pytest.mark.parametrize("poison", [{(0, 3)}, {(0, 0)}, {(0, 0), (0, 1)}, {(0, 2), (1, 9)}, set()])
 def test_exactly_the_poison_is_condemned_after_three_lone_deaths_each(poison: set[Row]) -> None:
     suspects = Suspects()
-    suspects.accuse(0, range(8), "crashed", "killed")
-    suspects.accuse(1, range(5, 10), "crashed", "killed")
+    suspects.accuse(0, range(8), "killed")
+    suspects.accuse(1, range(5, 10), "killed")
     deaths = tried(suspects, poison)
     assert set(suspects.condemned) == poison
     assert {status for status, _ in suspects.condemned.values()} <= {"crashed"}
@@ -41,10 +41,10 @@ def test_exactly_the_poison_is_condemned_after_three_lone_deaths_each(poison: se
 def test_a_broken_machine_condemns_nobody() -> None:
     suspects = Suspects()
     suspects.drawn_well(7, 0, 20)
-    suspects.accuse(0, range(4), "crashed", "killed")
+    suspects.accuse(0, range(4), "killed")
     tried(suspects, set(), broken=DOUBTFUL_DEATHS - 1)
     assert not suspects.condemned
-    suspects.accuse(0, range(4), "crashed", "killed")
+    suspects.accuse(0, range(4), "killed")
     with pytest.raises(InfrastructureError, match="5 workers in a row died before .*; last: death"):
         tried(suspects, set(), worker=50, broken=99)
     assert not suspects.condemned
@@ -55,7 +55,7 @@ def test_deaths_count_in_a_row_only() -> None:
     suspects = Suspects()
     suspects.drawn_well(0, 0, 5)
     for round_ in range(2):
-        suspects.accuse(0, [1], "crashed", "killed")
+        suspects.accuse(0, [1], "killed")
         for worker in range(10 * round_, 10 * round_ + 2):
             suspects.proven.add(worker)
             assert suspects.next(worker) == (0, 1)
@@ -69,7 +69,7 @@ def test_deaths_count_in_a_row_only() -> None:
 def test_two_workers_never_try_the_same_row() -> None:
     suspects = Suspects()
     suspects.drawn_well(0, 0, 5), suspects.drawn_well(1, 0, 6)
-    suspects.accuse(0, [1, 2], "crashed", "killed")
+    suspects.accuse(0, [1, 2], "killed")
     assert {suspects.next(0), suspects.next(1)} == {(0, 1), (0, 2)}
     assert suspects.next(2) is None
 
@@ -79,13 +79,23 @@ def test_two_workers_never_try_the_same_row() -> None:
 )
 def test_the_status_says_how(kind: str, status: str) -> None:
     suspects = Suspects()
-    suspects.accuse(0, [1], kind, "")
+    suspects.accuse(0, [1], "")
     for worker in range(3):
         suspects.drawn_well(worker, 0, 0)
         suspects.next(worker)
         suspects.lost(worker, kind, "why")
     assert suspects.verdicts(0) == {1: (status, "ended its worker 3 times while it was drawn alone; last: why")}
     assert suspects.forget(0) and not suspects.verdicts(0)
+
+
+def test_a_hanging_row_that_is_killed_once_by_another_is_a_timeout() -> None:
+    suspects = Suspects()
+    suspects.accuse(0, [1], "")
+    for worker, kind in enumerate(("timeout", "timeout", "crashed")):
+        suspects.drawn_well(worker, 0, 0)
+        suspects.next(worker)
+        suspects.lost(worker, kind, "why")
+    assert suspects.verdicts(0)[1][0] == "timeout"
 
 
 def test_drivers_that_die_with_the_row_come_to_the_same_verdict() -> None:
