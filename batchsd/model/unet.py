@@ -162,16 +162,6 @@ class UNet(nn.Module):
         return sinusoids(values_N, dim, cos_first=config.flip_sin_to_cos, freq_shift=config.freq_shift)
 
 
-def literature_blocks(unet: UNet) -> tuple[int, int, int]:
-    """(encoder, middle, decoder) blocks as LDM counts them: `input_blocks`, `middle_block`, `output_blocks`.
-
-    There conv_in is the first block of the encoder and each downsampling convolution is one of its own, while an
-    upsampling convolution belongs to the decoder block before it. SD 1.x and 2.x: 12, 1, 12; SDXL: 9, 1, 9.
-    """
-    layers, levels = unet.config.layers, len(unet.config.channels)
-    return 1 + sum(layers) + levels - 1, 1, sum(layers) + levels
-
-
 def _resnet(config: UNetConfig, c_in: int, c_out: int) -> ResnetBlock2D:
     return ResnetBlock2D(c_in, c_out, 4 * config.channels[0], config.groups, config.norm_eps)
 

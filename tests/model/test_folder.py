@@ -120,6 +120,16 @@ def test_clip_skip_equals_diffusers(checkpoint: Path) -> None:
         load(checkpoint, clip_skip=2)
 
 
+@pytest.mark.parametrize(("upcast", "dtype", "vae"), [(True, "float16", "float32"), (False, "float16", "float16"),
+                                                     (True, "bfloat16", "bfloat16")])  # fmt: skip
+def test_a_vae_that_overflows_half_types_is_loaded_in_float32(copy: Path, upcast: bool, dtype: str, vae: str) -> None:
+    """SDXL's force_upcast: bfloat16 has float32's range and needs it not."""
+    config = json.loads((copy / "vae/config.json").read_text())
+    (copy / "vae/config.json").write_text(json.dumps({**config, "force_upcast": upcast}))
+    model = load(copy, dtype=dtype)
+    assert (model.unet.dtype, model.vae.dtype) == (getattr(torch, dtype), getattr(torch, vae))
+
+
 def test_a_half_type_vae_that_overflows_is_asked_again_in_float32(checkpoint: Path) -> None:
     expected, model = load(checkpoint), load(checkpoint, dtype="bfloat16")
     latents = torch.randn(1, 4, 8, 8)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from batchsd.model.config import unet_config
-from batchsd.model.unet import UNet, literature_blocks
+from batchsd.model.unet import UNet
 from batchsd.types import UsageError
 
 SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64}
@@ -87,7 +87,9 @@ def test_real_sizes(config: dict[str, Any], parameters: int) -> None:
         unet = UNet(unet_config(config))
     assert sum(p.numel() for p in unet.parameters()) == parameters
     assert len(unet.state_dict()) == 686
-    assert literature_blocks(unet) == (12, 1, 12)
+    # LDM's count: conv_in and each downsampling one are blocks of their own, an upsampling one is part of another.
+    down = sum(len(level.resnets) + len(getattr(level, "downsamplers", ())) for level in unet.down_blocks)
+    assert (1 + down, sum(len(level.resnets) for level in unet.up_blocks)) == (12, 12)
 
 
 @pytest.mark.parametrize(
