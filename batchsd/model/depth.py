@@ -2,7 +2,7 @@
 
 It runs in float32 whatever the rest has: its norms overflow in half types, and it is asked once a picture. It is
 built when a row first needs it. Two ways to bring a picture to its size, by name (`CONVENTIONS`):
-diffusers    squashed to 384 x 384, bilinear: what diffusers' pipeline does, with the folder's `feature_extractor`
+diffusers    squashed to 384 x 384, bilinear: as diffusers' pipeline does it, by the folder's `feature_extractor`
 stability    the aspect kept, sides multiples of 32, cubic: what Stability's own script does (MiDaS' `Resize`)
 """
 
@@ -33,10 +33,8 @@ _RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 
 def as_diffusers(picture_HW3: np.ndarray, preprocessor: Mapping[str, Any]) -> Tensor:
     """uint8 H W 3 -> 1 3 h w as transformers' DPTImageProcessor of that config makes it; SD2-depth's by default."""
-    size = preprocessor.get("size", _NET_SIDE)
-    height, width = (size["height"], size["width"]) if isinstance(size, Mapping) else (size, size)
-    multiple = preprocessor.get("ensure_multiple_of", 1)
-    sides = net_size(picture_HW3.shape[:2], (height, width), multiple, preprocessor.get("keep_aspect_ratio", False))
+    multiple, keep = preprocessor.get("ensure_multiple_of", 1), preprocessor.get("keep_aspect_ratio", False)
+    sides = net_size(picture_HW3.shape[:2], _net(preprocessor), multiple, keep)
     mode = _RESAMPLE[preprocessor.get("resample", 2)]
     pixels_13HW = torch.from_numpy(np.array(picture_HW3)).permute(2, 0, 1)[None].contiguous()
     # On uint8, with rounding: what Pillow computes.
@@ -47,7 +45,7 @@ def as_diffusers(picture_HW3: np.ndarray, preprocessor: Mapping[str, Any]) -> Te
 
 def as_stability(picture_HW3: np.ndarray, preprocessor: Mapping[str, Any]) -> Tensor:
     """uint8 H W 3 -> 1 3 h w as MiDaS' dpt_hybrid is fed: OpenCV's cubic on floats, which is torch's, in [-1, 1]."""
-    sides = net_size(picture_HW3.shape[:2], (_NET_SIDE, _NET_SIDE), _NET_MULTIPLE, keep_aspect=True)
+    sides = net_size(picture_HW3.shape[:2], _net(preprocessor), _NET_MULTIPLE, keep_aspect=True)
     pixels_13HW = torch.from_numpy(np.array(picture_HW3)).permute(2, 0, 1)[None].float() / 255
     return F.interpolate(pixels_13HW, sides, mode="bicubic", align_corners=False) * 2 - 1
 
@@ -56,6 +54,12 @@ CONVENTIONS: Mapping[str, Callable[[np.ndarray, Mapping[str, Any]], Tensor]] = {
     "diffusers": as_diffusers,
     "stability": as_stability,
 }
+
+
+def _net(preprocessor: Mapping[str, Any]) -> tuple[int, int]:
+    """The (height, width) that the network was made for."""
+    size = preprocessor.get("size", _NET_SIDE)
+    return (size["height"], size["width"]) if isinstance(size, Mapping) else (size, size)
 
 
 def net_size(size_hw: tuple[int, ...], net_hw: tuple[int, int], multiple: int, keep_aspect: bool) -> tuple[int, int]:

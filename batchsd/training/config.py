@@ -75,6 +75,15 @@ class DepthStage(Stage):
     holds: Literal["distance", "nearness"] = "nearness"
 
 
+class EstimatorStage(Stage):
+    """A DPT of four layers: width, attention heads, pixels of a patch's side, channels where its stages meet."""
+
+    width: int = 96
+    heads: int = 4
+    patch: int = 16
+    fusion: int = 32
+
+
 class _Run(_Section):
     """`pictures` is a Parquet of (image, caption); `work` keeps the states; `output` is made last."""
 
@@ -94,10 +103,11 @@ class TrainingConfig(_Run):
 
 
 class DepthConfig(_Run):
-    """A depth model made of the text model `base`; `pictures` has a column `depth` too."""
+    """A depth model made of the text model `base`, and its depth estimator; `pictures` has a column `depth` too."""
 
     base: Path
     depth: DepthStage
+    estimator: EstimatorStage
 
 
 def load_config(path: Path) -> TrainingConfig | DepthConfig:

@@ -24,7 +24,8 @@ from batchsd.training.autoencoder import encoded
 from batchsd.training.config import DepthConfig
 from batchsd.training.data import Pictures, content_of
 from batchsd.training.denoiser import Latents, noise_prediction_loss, widened
-from batchsd.training.export import export_variant
+from batchsd.training.depth_estimator import estimator
+from batchsd.training.export import export_depth
 from batchsd.training.loop import train
 from batchsd.types import UsageError
 
@@ -44,12 +45,14 @@ def tune(config: DepthConfig, pictures: Pictures, log: Log) -> None:
         raise UsageError(f"{config.base}: not a text model, it has {base.extra_channels} more input channels")
     scale = base.vae.config.scaling_factor
     latents = Latents(*(scale * part for part in encoded(config.work / "latents.pt", base.vae, pictures)))
-    size = latents.means_NCHW.shape[-2:]
-    depths_N1HW = load_depths(config.pictures, (size[0], size[1]), NEARNESS[config.depth.holds])
+    nearness = NEARNESS[config.depth.holds]
+    depths_N1HW = load_depths(config.pictures, tuple(latents.means_NCHW.shape[-2:]), nearness)
     log(f"latents and depth maps of {len(depths_N1HW)} pictures")
     average = _train(config, base, latents, depths_N1HW, list(pictures.captions), log)
-    unet_config = widened(base.unet, 1).config
-    export_variant(config.output, config.base, "StableDiffusionDepth2ImgPipeline", (unet_config, average))
+    side = pictures.images_N3HW.shape[-2:]
+    maps_N1HW = load_depths(config.pictures, tuple(side), nearness, torch.float16)
+    network = estimator(config.estimator, pictures, maps_N1HW, config.work / "estimator.state", log)
+    export_depth(config.output, config.base, (widened(base.unet, 1).config, average), network)
 
 
 def _train(
@@ -69,7 +72,12 @@ def _train(
     return train(unet, loss, how.optimisation(), config.work / "depth.state", log)
 
 
-def load_depths(path: Path, size_hw: tuple[int, int], nearness: Callable[[np.ndarray], np.ndarray]) -> Tensor:
+def load_depths(
+    path: Path,
+    size_hw: tuple[int, ...],
+    nearness: Callable[[np.ndarray], np.ndarray],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """The file's depth maps as the network sees them: N 1 h w in [-1, 1]. Raises `UsageError`."""
     file = pq.ParquetFile(path)
     if "depth" not in file.schema_arrow.names:
@@ -77,5 +85,6 @@ def load_depths(path: Path, size_hw: tuple[int, int], nearness: Callable[[np.nda
     found = []
     for batch in file.iter_batches(batch_size=500, columns=["depth"]):
         for row in batch.to_pylist():
-            found.append(depth_channel(nearness(images.field(content_of(row["depth"]))), size_hw))
+            map_HW = nearness(images.field(content_of(row["depth"])))
+            found.append(depth_channel(map_HW, (size_hw[0], size_hw[1])).to(dtype))
     return torch.stack(found)

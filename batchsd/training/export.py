@@ -115,16 +115,44 @@ def export(
     _write_weights(folder / "text_encoder" / "model.safetensors", text[1])
 
 
-def export_variant(folder: Path, base: Path, pipeline: str, unet: tuple[UNetConfig, Mapping[str, Tensor]]) -> None:
-    """Writes the folder anew: another U-Net, all other parts the files of `base`; `pipeline` is diffusers' class."""
+def export_depth(
+    folder: Path, base: Path, unet: tuple[UNetConfig, Mapping[str, Tensor]], depth_estimator: Any
+) -> None:
+    """Writes the folder anew for diffusers' depth pipeline: U-Net and DPT as given, all other parts `base`'s files."""
     index = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
     unwanted = ("safety_checker", "requires_safety_checker")
-    index = {name: value for name, value in index.items() if name not in unwanted} | {"_class_name": pipeline}
+    index = {name: value for name, value in index.items() if name not in unwanted} | {
+        "_class_name": "StableDiffusionDepth2ImgPipeline",
+        "depth_estimator": ["transformers", "DPTForDepthEstimation"],
+        "feature_extractor": ["transformers", "DPTImageProcessor"],
+    }
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(base, folder, ignore=shutil.ignore_patterns("unet"))
     _write_json(folder / "model_index.json", index)
     _write_json(folder / "unet" / "config.json", unet_json(unet[0]))
     _write_weights(folder / "unet" / "diffusion_pytorch_model.safetensors", unet[1])
+    config = {**depth_estimator.config.to_dict(), "architectures": ["DPTForDepthEstimation"], "dtype": "float16"}
+    _write_json(folder / "depth_estimator" / "config.json", config)
+    _write_weights(folder / "depth_estimator" / "model.safetensors", depth_estimator.state_dict())
+    _write_json(folder / "feature_extractor" / "preprocessor_config.json", preprocessor_json(config["image_size"]))
+
+
+def preprocessor_json(size: int) -> dict[str, Any]:
+    """`feature_extractor/preprocessor_config.json`: squashed to the estimator's square, in [-1, 1]."""
+    return {
+        "image_processor_type": "DPTImageProcessor",
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 2,
+        "keep_aspect_ratio": False,
+        "ensure_multiple_of": 1,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "do_pad": False,
+    }
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

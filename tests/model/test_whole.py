@@ -38,7 +38,8 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def process(function: str, *arguments: object) -> subprocess.Popen[str]:
-    code = f"import sys\nfrom tests.model.whole import {function}\n{function}(*sys.argv[1:])"
+    room = "whole_depth" if function.endswith("_depth") else "whole"
+    code = f"import sys\nfrom tests.model.{room} import {function}\n{function}(*sys.argv[1:])"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True)
 
@@ -102,3 +103,14 @@ def test_sdxl_unet_of_whole_size_equals_diffusers(folder: Path, table: list[str]
         print("", "SDXL U-Net", form, found, sep="\n")
         assert found["errors"]["unet"] < 1e-4
         assert found["peak"] < 1.15
+
+
+@pytest.mark.heavy
+def test_sd2_depth_estimates_and_draws_as_diffusers(folder: Path) -> None:
+    """With its own DPT-hybrid of whole size; the map feeds a picture of 256 pixels."""
+    run("make_depth", folder)
+    for form in ("folder", "ldm.safetensors"):
+        found = run("measure_depth", folder, form)
+        print("", "SD2-depth, whole", form, found, sep="\n")
+        assert found["errors"]["depth"] < 1e-4 and found["errors"]["drawn"] <= 1 / 255 + 1e-6
+        assert min(found["deviations"]) > 0.01, "flat maps and pictures are all equal"

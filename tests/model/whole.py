@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ def ours(model: Model, case: str) -> dict[str, Tensor]:
     return found | ({"drawn": drawn_by_engine(model)} if case in DRAWN else {})
 
 
-def drawn_by_engine(model: Model) -> Tensor:
+def drawn_by_engine(model: Model, task: str = "text", inputs: Mapping[str, Any] | None = None) -> Tensor:
     """Our whole picture, 0 to 1: 1 3 H W, by the engine, from the words on."""
     import pyarrow as pa
 
@@ -172,7 +173,7 @@ def drawn_by_engine(model: Model) -> Tensor:
 
     asked_for = Request(
         key="r", index=0, repeat_index=0, prompt="a photo of a cat", negative_prompt=None, seed=SEED, steps=STEPS,
-        guidance_scale=GUIDANCE, height=SIDE, width=SIDE, scheduler="ddim", task="text", inputs={},
+        guidance_scale=GUIDANCE, height=SIDE, width=SIDE, scheduler="ddim", task=task, inputs=inputs or {},
         columns=pa.table({"id": ["r"]}),
     )  # fmt: skip
     engine = Engine(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,12 @@ from batchsd.model.checkpoint import load
 from batchsd.tasks.depth import DepthTask
 from batchsd.testing.tasks import TinyModel, example_request
 from batchsd.training.__main__ import main
+from batchsd.training.config import EstimatorStage
 from batchsd.training.data import load_pictures
 from batchsd.training.dataset import write_dataset
 from batchsd.training.denoiser import widened
 from batchsd.training.depth import NEARNESS, load_depths
+from batchsd.training.depth_estimator import estimator
 from batchsd.training.evaluate import draw
 from batchsd.training.scenes import render, sample_reserved_scene, sample_training_scene
 
@@ -35,6 +36,10 @@ count = 6
 holds = "distance"
 steps = 3
 batch_size = 2
+[estimator]
+steps = 2
+batch_size = 2
+width = 16
 """
 
 
@@ -76,25 +81,43 @@ def test_only_the_unet_learns(made: Path) -> None:
             assert (made / "made" / part).read_bytes() == file.read_bytes(), part
     tuned = load(made / "made")
     assert tuned.extra_channels == 1 and tuned.unet.conv_in.weight[:, 4].abs().max() > 0
-    index = json.loads((made / "made" / "model_index.json").read_text())
-    assert index["_class_name"] == "StableDiffusionDepth2ImgPipeline"
 
 
 def test_draws_the_same_in_diffusers(made: Path) -> None:
+    """The folder as it is, with a map and with one that its own network estimates."""
     from diffusers import StableDiffusionDepth2ImgPipeline
+    from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
 
+    # The class that its index names wants torchvision; this one is the same without.
+    extractor = DPTImageProcessorPil.from_pretrained(made / "made" / "feature_extractor")
     pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(
-        made / "made", torch_dtype=torch.float32, depth_estimator=None, feature_extractor=None
+        made / "made", torch_dtype=torch.float32, feature_extractor=extractor
     )
     pipe.set_progress_bar_config(disable=True)
     drawn, caption = render(sample_reserved_scene(np.random.default_rng(1))), "a large red sphere on the left"
-    theirs = pipe(
-        caption, image=Image.fromarray(drawn.image), depth_map=torch.from_numpy(1 / drawn.depth)[None], strength=0.8,
-        num_inference_steps=6, guidance_scale=2.0, output_type="np", generator=torch.Generator().manual_seed(0),
-    ).images[0]  # fmt: skip
-    given = {"init_image": png(drawn.image), "depth": grey16(1 / drawn.depth), "strength": 0.8}
-    ours = draw(load(made / "made"), [caption], "model", 6, 2.0, DepthTask(), [given])[0]
-    assert np.abs(ours - theirs * 255).max() <= 1
+    for depth in (grey16(1 / drawn.depth), None):
+        map_1HW = None if depth is None else torch.from_numpy(1 / drawn.depth)[None]
+        theirs = pipe(
+            caption, image=Image.fromarray(drawn.image), depth_map=map_1HW, strength=0.8, num_inference_steps=6,
+            guidance_scale=2.0, output_type="np", generator=torch.Generator().manual_seed(0),
+        ).images[0]  # fmt: skip
+        given = {"init_image": png(drawn.image), "depth": depth, "strength": 0.8}
+        ours = draw(load(made / "made"), [caption], "model", 6, 2.0, DepthTask(), [given])[0]
+        assert np.abs(ours - theirs * 255).max() <= 1
+
+
+def test_an_estimator_learns_what_is_near(tmp_path: Path) -> None:
+    """After some steps on a few scenes it knows their maps better than any constant could."""
+    write_dataset(tmp_path / "scenes.parquet", 8, seed=3)
+    pictures = load_pictures(tmp_path / "scenes.parquet")
+    maps = load_depths(tmp_path / "scenes.parquet", (64, 64), NEARNESS["distance"])
+    how = EstimatorStage(steps=40, batch_size=4, warmup=5, learning_rate=2e-3, ema=0.9, width=32, fusion=16)
+    network = estimator(how, pictures, maps, tmp_path / "estimator.state", lambda line: None)
+    with torch.no_grad():
+        seen = network(pictures.floats(torch.arange(8))).predicted_depth
+    true = (maps[:, 0] + 1) / 2
+    assert seen.shape == true.shape
+    assert (seen - true).square().mean() < 0.8 * (true - true.mean()).square().mean()
 
 
 def test_goes_on_where_it_stopped(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
