@@ -69,7 +69,7 @@ def draw(folder: Path, request: Request) -> Record:
         raise RuntimeError("a row that makes the engine raise")
     if request.prompt in ("oom", "nan", "flat"):
         return Record(request, request.prompt, "as planted")
-    if int(request.key[2:]) % 20 == 7 and int(request.key[2:]) > 400 and once(folder, "draw: within"):
+    if int(request.key[2:]) % 20 == 7 and int(request.key[2:]) > 200 and once(folder, "draw: within"):
         end_here(folder, "worker", "draw: within")
     return Record(request, "ok", image=picture_of(request), height=16, width=16)
 
@@ -99,7 +99,7 @@ class WorkerStore:
 
     def _maybe_end(self, folder: str, step: str) -> None:
         shard = int(folder.rpartition("/")[2].partition(".")[0])
-        if shard >= 5 * (1 + WORKER_STEPS.index(step)) and once(self._folder, step):
+        if shard >= 3 * (1 + WORKER_STEPS.index(step)) and once(self._folder, step):
             end_here(self._folder, "worker", step)
 
 
@@ -111,11 +111,11 @@ def build(folder: Path, recipe: Recipe, names: Names, sink: Sink) -> Workbench:
 
 
 class DriverStore:
-    """The driver's store, which ends the process at `step`, the third time that it comes there."""
+    """The driver's store, which ends the process at `step`, where it can the second time that it comes there."""
 
     def __init__(self, store: Store, folder: Path, step: str) -> None:
         self._store, self._folder, self._step = store, folder, step
-        self._left = 1 if step.split(":")[0] in ("plan", "lock", "success", "suspects", "status") else 3
+        self._left = 1 if step.split(":")[0] in ("plan", "lock", "success", "suspects", "status") else 2
 
     def __getattr__(self, name: str) -> Any:
         operation = getattr(self._store, name)

@@ -278,7 +278,7 @@ def test_on_an_object_store_that_fails_at_random(tmp_path: Path) -> None:
         point_at(endpoint, patch)
         object_store.client().create_bucket(Bucket="chaos")
         patch.setenv("AWS_ENDPOINT_URL", flaky)
-        chaos = Chaos(tmp_path, "s3://chaos/run", rows=1000, seed=int(os.environ.get("CHAOS_SEED", "2")))
+        chaos = Chaos(tmp_path, "s3://chaos/run", rows=600, seed=int(os.environ.get("CHAOS_SEED", "2")))
         began = time.monotonic()
         starts = chaos.through(lambda: None)
         patch.setenv("AWS_ENDPOINT_URL", endpoint)
