@@ -270,7 +270,8 @@ class _Pieces(io.RawIOBase):
 
 def code_of(error: Exception) -> str:
     """S3's word for what went wrong; "" where the request did not come through."""
-    return getattr(error, "response", {}).get("Error", {}).get("Code", "")
+    answer = getattr(error, "response", None) or {}  # None, where the connection was cut
+    return answer.get("Error", {}).get("Code", "")
 
 
 def passes(error: Exception, code: str) -> bool:
@@ -280,8 +281,8 @@ def passes(error: Exception, code: str) -> bool:
 
     if response := getattr(error, "response", None):
         return code in PASSING or response["ResponseMetadata"].get("HTTPStatusCode", 500) >= 500
-    unsent = (exceptions.HTTPClientError, exceptions.IncompleteReadError, ResponseParserError)
-    return isinstance(error, (*unsent, OSError))
+    cut = (exceptions.HTTPClientError, exceptions.ConnectionError, exceptions.IncompleteReadError)
+    return isinstance(error, (*cut, ResponseParserError, OSError))
 
 
 @lru_cache(maxsize=1)

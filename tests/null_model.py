@@ -78,7 +78,8 @@ def run_job(
     log: Path,
     begin: Callable[[Sequence[Prepared]], list[Beginning]] = begin_run,
     failing: tuple[str, ...] = (),
-    store: LocalStore | None = None,
+    store: Store | None = None,
+    check_lock: Callable[[], None] = lambda: None,
 ) -> Tally:
     """What `batchsd run` does, from the plan on."""
     store = store or LocalStore(Path(job.output.uri))
@@ -90,7 +91,7 @@ def run_job(
             totals.append(part.ledger.finish(part.plan))
             continue
         executor = InProcess(partial(bench, part.recipe, store, partial(draw, log, failing)))
-        limits = (Stop(5), part.max_failed, lambda snapshot: None, lambda text: None)
+        limits = (Stop(5), part.max_failed, lambda snapshot: None, lambda text: None, check_lock)
         totals.append(drive(part.ledger, part.plan, tally, part.shards, executor, *limits, revisions=revisions))
     return sum_of(totals)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import random
 import secrets
 import socket
 import subprocess
@@ -15,7 +16,10 @@ import urllib.request
 from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from botocore.exceptions import ClientError
@@ -66,6 +70,51 @@ def point_at(endpoint: str, patch: pytest.MonkeyPatch) -> None:
     patch.setenv("AWS_CONFIG_FILE", os.devnull)
     patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     object_store.client.cache_clear()
+
+
+@contextmanager
+def flaky(endpoint: str, share: float, seed: int = 0) -> Iterator[str]:
+    """A proxy before a server, which fails a share of all requests at random; its own endpoint.
+
+    A third of these it refuses with a 500, a third it carries out and loses the answer, a third it cuts the answer.
+    """
+    lost = random.Random(seed)
+
+    class Proxy(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: Any) -> None: ...
+
+        def carry(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            fate = lost.random() / share  # below 1: something happens
+            if fate < 1 / 3:
+                self.send_error(500)
+                return
+            onward = HTTPConnection(urlsplit(endpoint).netloc, timeout=60)
+            onward.request(self.command, self.path, body, dict(self.headers))
+            answer = onward.getresponse()
+            content = answer.read()
+            if fate < 2 / 3:
+                self.close_connection = True
+                return
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("transfer-encoding", "connection", "date", "server"):
+                    self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2] if fate < 1 else content)
+            self.close_connection = fate < 1
+
+        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = carry
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 class MemoryS3:
