@@ -30,9 +30,7 @@ from batchsd import object_store
 @contextmanager
 def moto() -> Iterator[str]:
     """The endpoint of a server of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     endpoint = f"http://127.0.0.1:{port}"
@@ -42,6 +40,12 @@ def moto() -> Iterator[str]:
     finally:
         server.kill()
         server.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def wait_for(url: str, seconds: float = 60) -> None:
