@@ -1,4 +1,4 @@
-"""`python -m batchsd.training CONFIG`: trains a small Stable Diffusion from a Parquet of (image, caption), or a depth model of one."""
+"""`python -m batchsd.training CONFIG`: trains a small Stable Diffusion on (image, caption), or a depth model of one."""
 
 from __future__ import annotations
 

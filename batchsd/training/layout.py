@@ -169,9 +169,14 @@ def main(arguments: list[str] | None = None) -> int:
     found = {"true render": (layouts.overlap(layouts.images), colours[0]), "autoencoder": (ceiling, colours[1])}
     print(f"{'':36}{'IoU':>8}{'of the autoencoder':>20}{'colours':>10}")
     how = Drawing(judge, given.scheduler, given.steps, given.guidance)
-    for part in (found, depth_table(how, text, depth, layouts), image_table(how, text, layouts)):
+
+    def show(part: Mapping[str, tuple[float, float]]) -> None:
         for name, (iou, colour) in part.items():
             print(f"{name:36}{iou:8.3f}{iou / ceiling:20.3f}{colour * 100:10.1f}", flush=True)
+
+    show(found)
+    show(depth_table(how, text, depth, layouts))
+    show(image_table(how, text, layouts))
     return 0
 
 
