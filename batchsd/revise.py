@@ -7,7 +7,7 @@ insertions, deletions and reordering would move every row that follows, and are 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
@@ -41,6 +41,11 @@ class Beginning:
 
 def begin_run(parts: Sequence[Prepared]) -> list[Beginning]:
     """Go on where the run stopped, an unfinished update included; new files and rows become a new plan."""
+    return _begin(parts, {})
+
+
+def _begin(parts: Sequence[Prepared], touched: Mapping[int, set[int]]) -> list[Beginning]:
+    """`touched` are the shards of some plans that hold edited rows, where they were just looked for."""
     for part in parts:
         part.ledger.check(part.plan)  # all of them, before anything is written
     published = parts[0].ledger.published()
@@ -49,23 +54,27 @@ def begin_run(parts: Sequence[Prepared]) -> list[Beginning]:
         unfinished = _unfinished_update(part.ledger)
         part.ledger.begin(part.plan)
         tally = part.ledger.roll_forward(published)
-        begun.append(_without(part, edited(part)) if unfinished else Beginning(part, tally, {}))
+        if unfinished:
+            number = part.plan.number
+            begun.append(_without(part, touched[number] if number in touched else edited(part)))
+        else:
+            begun.append(Beginning(part, tally, {}))
     return begun
 
 
 def begin_update(parts: Sequence[Prepared]) -> list[Beginning]:
     """Let the manifest as it is now stand, row for row. Raises UsageError where it is not only edited."""
-    changed = []
+    touched = {}
     for part in parts:
         standing = part.ledger.plan()
         if standing is not None and standing.hash != part.plan.hash:
             check_editable(standing, part.plan)
             part.ledger.roll_forward()
-            edited(part)  # refuses rows that moved, before anything is written
-            changed.append(part)
-    for part in changed:
-        part.ledger.revise(part.plan)
-    return begin_run(parts)
+            touched[part.plan.number] = edited(part)  # refuses rows that moved, before anything is written
+    for part in parts:
+        if part.plan.number in touched:
+            part.ledger.revise(part.plan)
+    return _begin(parts, touched)
 
 
 def begin_retry(parts: Sequence[Prepared]) -> list[Beginning]:

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "export": "card ledger marker reread store writer",
     "reread": "columns ledger plan store",
     "summary": "card contact ledger marker prepare progress revise stop",
-    "status": "ledger lock marker store",
+    "status": "ledger lock marker progress store",
     "verify": "columns ledger marker store",
     "card": "columns ledger plan redact store",
     "contact": "columns store",

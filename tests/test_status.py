@@ -10,7 +10,7 @@ from fakes import plan_of, run_all, shards_of
 
 from batchsd.ledger import Ledger
 from batchsd.lock import LOCK, here
-from batchsd.status import read_status
+from batchsd.status import lines, read_status, watch
 from batchsd.stop import Stop, Stopped
 from batchsd.store import LocalStore
 from batchsd.types import UsageError
@@ -54,6 +54,7 @@ def test_a_driver_that_says_no_more_is_dead(tmp_path: Path) -> None:
 
 def test_a_driver_that_is_no_more_is_dead_at_once_and_a_beating_lock_is_alive(tmp_path: Path) -> None:
     run_all(LocalStore(tmp_path), SHARDS)
+    (tmp_path / "__batchsd/ledger/0001/00003.json").unlink()
     said(tmp_path, state="running", updated=time.time() - 1000)
 
     def lock(**changes: object) -> None:
@@ -66,3 +67,32 @@ def test_a_driver_that_is_no_more_is_dead_at_once_and_a_beating_lock_is_alive(tm
     child.wait()
     lock(pid=child.pid)
     assert read_status(str(tmp_path))["state"].startswith("dead since 2")
+
+
+def test_a_watch_looks_until_the_run_ends(tmp_path: Path) -> None:
+    run_all(LocalStore(tmp_path), SHARDS)
+    said(tmp_path, state="running", updated=time.time(), pictures_per_second=0.5)
+    marker = tmp_path / "__batchsd/ledger/0001/00003.json"
+    kept, waits = marker.read_bytes(), []
+    marker.unlink()
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 1:
+            marker.write_bytes(kept)
+        else:
+            said(tmp_path, state="stopped", reason="stopped by SIGTERM")
+
+    found = list(watch(str(tmp_path), sleep))
+    assert [(status["state"], status["left"]) for status in found] == [("running", 5), ("running", 0), ("stopped", 0)]
+    assert all(seconds >= 5 for seconds in waits)
+    assert lines(found[0]) == [
+        "running: 15 of 20 rows done, 5 left, 0 failed", "shards: 3 of 4", "0.5 pictures/s, 10 s left"
+    ]  # fmt: skip
+    assert lines(found[2])[-1] == "stopped by SIGTERM"
+
+
+def test_a_driver_that_died_after_its_last_shard_was_done(tmp_path: Path) -> None:
+    run_all(LocalStore(tmp_path), SHARDS)
+    said(tmp_path, state="running", updated=time.time() - 1000)
+    assert read_status(str(tmp_path))["state"] == "done"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -77,21 +78,22 @@ def validate(job: str, sets: tuple[str, ...], day: datetime | None) -> None:
 @click.command()
 @click.argument("run_folder", metavar="RUN")
 @json_option
-def status(run_folder: str, as_json: bool) -> None:
+@click.option("--watch", is_flag=True, help="look again until the run is no longer at work")
+def status(run_folder: str, as_json: bool, watch: bool) -> None:
     """How far RUN, an output folder, is."""
-    from batchsd.progress import duration, failures
-    from batchsd.status import read_status
+    from itertools import islice
 
-    found = read_status(run_folder)
-    if as_json:
-        click.echo(json.dumps(found, indent=1))
-        return
-    click.echo(f"{found['state']}: {found['done']:,} of {found['rows']:,} rows, {failures(found['failed'])}")
-    click.echo(f"shards: {found['shards_done']:,} of {found['shards']:,}")
-    if found["seconds_left"] is not None:
-        click.echo(f"{found['pictures_per_second']:.3g} pictures/s, {duration(found['seconds_left'])} left")
-    if found["reason"]:
-        click.echo(found["reason"])
+    from batchsd.status import lines
+    from batchsd.status import watch as look
+
+    for found in islice(look(run_folder), None if watch else 1):
+        if as_json:
+            click.echo(json.dumps(found, indent=None if watch else 1))
+        elif watch and sys.stdout.isatty():
+            click.clear()
+            click.echo("\n".join(lines(found)))
+        else:
+            click.echo(" | ".join(lines(found)) if watch else "\n".join(lines(found)))
 
 
 @click.command()
