@@ -41,13 +41,18 @@ def measured_lanes(model: Model, size: Sequence[int]) -> int:
     call(1)  # the first call also loads kernels
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(model.device)[0]
-    return best_lanes(room(free, peak(1), peak(2)), seconds)
+    # The VAE decodes at the same time: a picture's worth is kept for it; where more do not fit it halves its batch.
+    before = torch.cuda.memory_allocated(model.device)
+    torch.cuda.reset_peak_memory_stats(model.device)
+    model.decode(torch.zeros(1, *size, device=model.device))
+    decoding = torch.cuda.max_memory_allocated(model.device) - before
+    return best_lanes(room(free - decoding, peak(1), peak(2)), seconds)
 
 
 def room(free: int, peak_of_one: int, peak_of_two: int) -> int:
     """How many lanes fit into `free` bytes, from the memory that one lane and two lanes needed at their peak."""
     a_lane = max(1, peak_of_two - peak_of_one)
-    return max(1, int(_SHARE * free / a_lane))
+    return max(1, int(_SHARE * max(0, free) / a_lane))
 
 
 def best_lanes(most: int, seconds: Callable[[int], float]) -> int:

@@ -1,37 +1,58 @@
-"""Work beside the main line on the same device: on a GPU a stream of its own, elsewhere nothing special.
+"""Work beside the network: the autoencoder decodes finished rows while the next steps of the others run.
 
-A copy to the host waits for all work of its stream. Pictures that are decoded on the network's stream would
-therefore hold up the next step; on their own they wait for themselves only.
+    start(work) -> Future
+
+On a GPU a thread of its own gives the work to a stream of its own, which first waits for what was on its way when
+the work was handed over. A CPU has no second device: there the work is done at once, in place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+
+T = TypeVar("T")
+Start = Callable[[Callable[[], T]], "Future[T]"]
 
 
-class Beside:
-    """One side line of a device."""
+def in_place(work: Callable[[], T]) -> Future[T]:
+    """Does the work before it returns."""
+    future: Future[T] = Future()
+    try:
+        future.set_result(work())
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def after(self, x: Tensor) -> Callable[[], AbstractContextManager[None]]:
-        """Called where `x` was made; gives the context, for another thread, in which `x` may be read."""
-        stream = self._stream
-        if stream is None:
-            return nullcontext
-        made = torch.cuda.Event()
-        made.record(torch.cuda.current_stream(x.device))
+@contextmanager
+def beside(device: torch.device) -> Iterator[Start[Any]]:
+    """Work in a thread, one piece after the other; on a GPU in a stream. What it returns must not be on its way still.
 
-        @contextmanager
-        def context() -> Iterator[None]:
-            with torch.cuda.stream(stream):
-                stream.wait_event(made)
-                x.record_stream(stream)  # its memory is not given away while it is read here
-                yield
+    The tensors that it takes over live until it has returned, so their memory is free again only when it is done.
+    """
+    gpu = device.type == "cuda"
+    stream = torch.cuda.Stream(device) if gpu else None
+    with ThreadPoolExecutor(1, "decode") as thread:
 
-        return context
+        def start(work: Callable[[], T]) -> Future[T]:
+            handed_over = torch.cuda.current_stream(device).record_event() if gpu else None
+
+            def go() -> T:
+                with torch.cuda.stream(stream) if stream else nullcontext():
+                    if stream and handed_over:
+                        stream.wait_event(handed_over)
+                    return work()
+
+            return thread.submit(go)
+
+        yield start
+
+
+@contextmanager
+def at_once() -> Iterator[Start[Any]]:
+    yield in_place

@@ -2,13 +2,13 @@
 
     (task, text states) -> Lanes of the row's size -> latents -> VAE -> picture -> file bytes
 
-In which order rows go is `flow`'s. The engine never asks which task or sampler it serves.
+In which order rows go is `flow`'s, what becomes of their latents `pictures`'. The engine never asks which task or
+sampler it serves.
 Shapes: B rows, C H W latent size, T tokens, D context width.
 """
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,18 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchsd.backends import BACKENDS
 from batchsd.batch_size import measured_lanes
-from batchsd.beside import Beside
+from batchsd.beside import at_once, beside
 from batchsd.diffusion.builtin import resolve
 from batchsd.diffusion.program import Program, still
 from batchsd.diffusion.schedule import NoiseSchedule
 from batchsd.diffusion.scheduler import Scheduler
-from batchsd.flow import Decoded, Flow
+from batchsd.flow import Flow
 from batchsd.intake import Item
 from batchsd.lanes import Lanes, Row
 from batchsd.meter import Meter
 from batchsd.model.checkpoint import Model
 from batchsd.network import Group, Network, out_of_memory, row_error
+from batchsd.pictures import Pictures
 from batchsd.types import Conditioning, Record, Request, RowError, Shard, Task, UsageError
 
 _TEXTS_KEPT = 512  # 77 x 1024 numbers each: at most 160 MB in float32
@@ -60,6 +62,7 @@ class Settings:
     guidance_interval: tuple[float, ...] = ()
     scheduler_options: Mapping[str, Any] = field(default_factory=dict)
     deterministic: bool = False
+    backend: str = "eager"
 
 
 class Engine:
@@ -83,9 +86,10 @@ class Engine:
         self.settings = settings
         self.schedule = NoiseSchedule.from_config(model.scheduler_config)
         self.meter = Meter()
-        self.network = Network(model, self._lanes_for, settings.deterministic, self.meter)
-        self.beside = Beside(model.device)
+        backend = BACKENDS[settings.backend]
+        self.network = Network(model, self._lanes_for, settings.deterministic, self.meter, backend)
         self.decode_batch = 1 if settings.deterministic else settings.decode_batch  # less where memory is short
+        self.overlap = model.device.type == "cuda"  # a CPU decodes in place: it has nothing to overlap with
         self._texts: OrderedDict[str | None, tuple[Tensor, Tensor | None]] = OrderedDict()  # states, pooled
 
     def generate(self, shards: Iterable[Item]) -> Iterator[tuple[Shard, Record]]:
@@ -94,9 +98,10 @@ class Engine:
         At most two shards are open at a time. The iterable may yield None for "nothing at hand just now": rows
         already pulled then go on without waiting.
         """
-        encode = ThreadPoolExecutor(self.settings.encode_threads, "encode")
-        with ThreadPoolExecutor(1, "decode") as decoder, encode as encoders:
-            yield from Flow(self, shards, decoder, encoders).run()
+        decoding = beside(self.device) if self.overlap else at_once()
+        with ThreadPoolExecutor(self.settings.encode_threads, "encode") as encoders, decoding as decoder:
+            pictures = Pictures(self, encoders, decoder, self.model.scale_factor)
+            yield from Flow(self, shards, pictures).run()
 
     def condition(self, shard: Shard, request: Request) -> Row:
         """The row ready for the lanes, but for its text states. Raises `RowError`, whatever goes wrong."""
@@ -203,34 +208,12 @@ class Engine:
         pooled = [None] * len(texts) if pooled_BP is None else list(pooled_BP)
         return list(zip(states_BTD, pooled, strict=True))
 
-    def picture_bytes(self, row: Row) -> int:
-        return 3 * math.prod(row.size[1:]) * self.model.scale_factor**2
-
-    def decoding(self, latents_BCHW: Tensor) -> Callable[[], list[Decoded]]:
-        """A call for the decoder's thread: scaled latents -> pictures. Denoising goes on meanwhile."""
-        beside = self.beside.after(latents_BCHW)
-
-        def call() -> list[Decoded]:
-            with beside(), self.meter.stage("vae"):
-                return self._decode(latents_BCHW)
-
-        return call
-
-    @torch.no_grad()
-    def _decode(self, latents_BCHW: Tensor) -> list[Decoded]:
-        """uint8 pictures (H, W, 3), rounded as diffusers rounds. What does not fit into memory is halved, for good."""
-        try:
+    def decode(self, latents_BCHW: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Scaled latents -> uint8 pictures (B, H, W, 3), rounded as diffusers rounds; and which were finite (B,)."""
+        with self.meter.stage("vae"):
             pictures_B3HW = self.model.decode(latents_BCHW)
-            pixels_BHW3 = (pictures_B3HW.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
-            finite_B = torch.isfinite(latents_BCHW).flatten(1).all(1).tolist()
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            if len(latents_BCHW) == 1:
-                return [row_error(error)]
-            self.decode_batch = len(latents_BCHW) // 2
-            return [each for part in latents_BCHW.split(self.decode_batch) for each in self._decode(part)]
-        return list(zip(pixels_BHW3, finite_B, strict=True))
+            pixels = (pictures_B3HW.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
+            return pixels, torch.isfinite(latents_BCHW).flatten(1).all(1).cpu().numpy()
 
 
 def within(conditioning: Conditioning, interval: Sequence[float]) -> Conditioning:

@@ -1,6 +1,6 @@
 """One run of the engine: which rows are pulled, which group of them walks next, and when latents become pictures.
 
-    pull -> a queue a group -> its lanes -> latents -> VAE (a thread) -> picture -> encoder threads -> Record
+    pull -> a queue a group -> its lanes -> latents -> `pictures`
 
 A full batch walks before all others, so that groups with few rows gather more meanwhile. Where none is full, rows are
 pulled ahead until one is; where no more can be pulled, the group walks that keeps the oldest shard open.
@@ -9,20 +9,17 @@ pulled ahead until one is; where no more can be pulled, the group walks that kee
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from batchsd.intake import Intake, Item
 from batchsd.lanes import Lanes, Row
 from batchsd.meter import Meter
 from batchsd.network import Group
+from batchsd.pictures import Pictures
 from batchsd.types import Record, Request, RowError, Shard
 
 # Rows waiting, for each lane. 0, 2, 4: the job of tests/bench/bench_mixed.py has 98.3, 99.1, 99.2 % of its lanes in
@@ -32,22 +29,13 @@ _CHOICE = 4
 _BITE = 16  # rows pulled at a time: their texts make one batch
 _MOST_ROWS = 512  # waiting for lanes
 _MOST_BYTES = 256 * 2**20  # of their latents, masks and images
-_MOST_PIXELS = 256 * 2**20  # bytes of pictures waiting for an encoder thread, before the network waits for them
 _NAP_S = 0.005  # between looks for the next shard, when there is nothing to draw
-
-
-Decoded = tuple[np.ndarray, bool] | RowError
-"""A picture H W 3, and whether its latents were finite; or why there is none."""
 
 
 class Stages(Protocol):
     """What is done to a row or a batch on its way; see `engine.Engine`. The flow decides when."""
 
     meter: Meter
-    decode_batch: int
-    encode: Callable[[np.ndarray], tuple[bytes, str]]
-
-    def picture_bytes(self, row: Row) -> int: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -64,25 +52,17 @@ class Stages(Protocol):
 
     def tokens_cut(self, request: Request) -> int | None: ...
 
-    def decoding(self, latents_BCHW: Tensor) -> Callable[[], list[Decoded]]: ...
-
 
 class Flow:
-    """What is waiting, walking, decoded and being encoded."""
+    """What is waiting and what is walking; what has arrived is with `pictures`."""
 
-    def __init__(
-        self, engine: Stages, shards: Iterable[Item], decoder: ThreadPoolExecutor, encoders: ThreadPoolExecutor
-    ) -> None:
+    def __init__(self, engine: Stages, shards: Iterable[Item], pictures: Pictures) -> None:
         self.engine = engine
-        self.decoder = decoder
-        self.encoders = encoders
+        self.pictures = pictures
         self.intake = Intake(shards)
         self.blocked = False  # nothing more can be pulled before a shard is done
         self.waiting: dict[Group, list[Row]] = {}  # oldest first
         self.lanes: dict[Group, Lanes] = {}
-        self.latents: dict[tuple[int, ...], list[tuple[Row, Tensor]]] = {}
-        self.done: deque[tuple[Shard, Future[tuple[Record, int]] | Record]] = deque()
-        self.pixels = 0  # bytes of pictures with the decoder and the encoders
 
     def run(self) -> Iterator[tuple[Shard, Record]]:
         while True:
@@ -91,9 +71,11 @@ class Flow:
             busy = [lanes for lanes in self.lanes.values() if lanes.rows]
             if busy:
                 self._step(self._next(busy))
-            self._decode_what_is_due(last=not busy)
-            yield from self._finished(wait=not busy)
-            if not (busy or self.latents or self.done):
+            self.pictures.decode(not busy or self._shard_waits())
+            for shard, record in self.pictures.finished(wait=not busy):
+                self.intake.finished(shard)
+                yield shard, replace(record, tokens_cut=self.engine.tokens_cut(record.request))
+            if not (busy or self.pictures):
                 if self.intake.dry:
                     return
                 time.sleep(_NAP_S)
@@ -120,8 +102,7 @@ class Flow:
                 if row.calls_left:
                     self.waiting.setdefault(self.engine.group(row), []).append(row)
                 else:  # nothing to denoise: strength 0
-                    latents = row.start().to(self.engine.device)
-                    self.latents.setdefault(row.size, []).append((row, latents))
+                    self.pictures.take(row, row.start().to(self.engine.device))
 
     def _bite(self) -> tuple[list[Row], bool]:
         """Some rows, and whether there may be more at once."""
@@ -134,7 +115,7 @@ class Flow:
             try:
                 bite.append(self.engine.condition(shard, request))
             except RowError as error:
-                self._fail(shard, request, error)
+                self.pictures.fail(shard, request, error)
         return bite, True
 
     def _most_lanes(self) -> int:
@@ -184,73 +165,11 @@ class Flow:
         with self.engine.meter.stage("unet"):
             stepped = lanes.step()
         for row, latents in stepped.finished:
-            self.latents.setdefault(row.size, []).append((row, latents))
+            self.pictures.take(row, latents)
         for row, error in stepped.failed:
-            self._fail(row.shard, row.request, error)
+            self.pictures.fail(row.shard, row.request, error)
 
-    def _fail(self, shard: Shard, request: Request, error: RowError) -> None:
-        self.done.append((shard, Record(request, error.status, str(error))))
-
-    # -- pictures
-
-    def _decode_what_is_due(self, last: bool) -> None:
-        """Full batches of latents; fewer where a shard waits for nothing else, or nothing else is to be done."""
-        ready = Counter(row.shard for pairs in self.latents.values() for row, _ in pairs)
-        ready.update(shard for shard, _ in self.done)
-        due = last or any(self.intake.closes(shard, ready[shard]) for shard in self.intake.unfinished)
-        for size, pairs in list(self.latents.items()):
-            while pairs and (due or len(pairs) >= self.engine.decode_batch):
-                self._decode(pairs)
-            if not pairs:
-                del self.latents[size]
-
-    def _decode(self, pairs: list[tuple[Row, Tensor]]) -> None:
-        """Sends the oldest latents of a size to the decoder, and what it makes of them on to the encoders."""
-        batch = pairs[: self.engine.decode_batch]
-        del pairs[: len(batch)]
-        call = self.engine.decoding(torch.stack([latents for _, latents in batch]))
-        decoded = self.decoder.submit(call)
-        for i, (row, _) in enumerate(batch):
-            self.pixels += self.engine.picture_bytes(row)
-            self.done.append((row.shard, self.encoders.submit(self._encode, row, decoded, i)))
-
-    def _encode(self, row: Row, decoded: Future[list[Decoded]], i: int) -> tuple[Record, int]:
-        """The record of the batch's picture `i`, and what it counted for in `pixels`. Runs in an encoder thread."""
-        result, size = decoded.result()[i], self.engine.picture_bytes(row)
-        if isinstance(result, RowError):
-            return Record(row.request, result.status, str(result)), size
-        picture, finite = result
-        if row.conditioning.kept is not None:
-            picture = row.conditioning.kept.into(picture)
-        record = self._record(row.request, picture, finite)
-        return replace(record, made=row.conditioning.made), size
-
-    def _record(self, request: Request, picture_HW3: np.ndarray, finite: bool) -> Record:
-        height, width = picture_HW3.shape[:2]
-        if not finite:
-            message = "the network gave numbers that are not finite; try another seed, or model.dtype float32"
-            return Record(request, "nan", message)
-        if picture_HW3.min() == picture_HW3.max():
-            return Record(request, "flat", "every pixel of the picture has one value", height=height, width=width)
-        try:
-            content, extension = self.engine.encode(picture_HW3)
-        except Exception as error:
-            return Record(request, "error", f"encoding: {type(error).__name__}: {error}")
-        return Record(request, "ok", None, content, extension, height, width)
-
-    def _finished(self, wait: bool) -> Iterator[tuple[Shard, Record]]:
-        """Records that are ready; the oldest is waited for where nothing else is to be done, or too much waits."""
-        for _ in range(len(self.done)):
-            shard, result = self.done.popleft()
-            if isinstance(result, Future):
-                if not (result.done() or wait or self.pixels > _MOST_PIXELS):
-                    self.done.append((shard, result))
-                    continue
-                with self.engine.meter.stage("wait"):
-                    record, size = result.result()
-                self.pixels -= size
-                self.engine.meter.pictures += 1
-            else:
-                record = result
-            self.intake.finished(shard)
-            yield shard, replace(record, tokens_cut=self.engine.tokens_cut(record.request))
+    def _shard_waits(self) -> bool:
+        """Whether a shard has no rows left but those that are to be decoded: it should not stay open for more."""
+        here = self.pictures.rows()
+        return any(self.intake.closes(shard, here[shard]) for shard in self.intake.unfinished)

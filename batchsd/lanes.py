@@ -2,23 +2,25 @@
 
     network outputs a lane -> weighted sum a row -> guidance rescale -> the row's own table line -> blend
 
-A lane is one evaluation of the network in the batch; a row holds as many as its conditioning has branches that
-are not off for good. Each row has its own program, position and generator, so samplers, step counts and guidance
-mix freely.
+A lane is one evaluation of the network in the batch; a row holds as many as it has branches of weight other than 0
+at its place, and lends the rest to others. Each row has its own program, position and generator, so samplers, step
+counts and guidance mix freely.
 Shapes: R rows, L lanes, B branches of a row, C H W latent size, T tokens, D context width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from batchsd.diffusion.guidance import rescaled, weighted_sum
-from batchsd.diffusion.program import HISTORY, NOISES, Lines, Program, along, gather, update
+from batchsd.diffusion.program import HISTORY, NOISES, Program
+from batchsd.diffusion.walk import Lines, along, gather, sent, update
 from batchsd.network import Evaluate, Group, Lane
 from batchsd.types import Blend, Conditioning, Request, RowError, Shard
 
@@ -41,20 +43,20 @@ class Row:
     added: list[Mapping[str, Tensor]] = field(default_factory=list)
     position: int = 0
     noise: Tensor | None = None
-    _widths: list[int] = field(init=False)  # lanes, by position: the most that any call from there on wants
-
-    def __post_init__(self) -> None:
-        used = [sum(weight != 0 for weight in weights) for weights in self.weights]
-        self._widths = list(accumulate(reversed(used), max))[::-1]
 
     @property
     def size(self) -> tuple[int, ...]:
         return tuple(self.conditioning.noise_CHW.shape)
 
+    @cached_property
+    def evaluations(self) -> np.ndarray:
+        """How many branches are evaluated in each of its calls."""
+        return np.array([sum(weight != 0 for weight in weights) for weights in self.weights], dtype=int)
+
     @property
     def lanes(self) -> int:
-        """What it may still need at once: a branch that is off for the rest of the walk gives its lane to others."""
-        return self._widths[self.position] if self.calls_left else 0
+        """Lanes in its next call."""
+        return int(self.evaluations[self.position])
 
     @property
     def calls_left(self) -> int:
@@ -66,9 +68,23 @@ class Row:
         given = self.conditioning
         tensors = [given.noise_CHW, given.clean_CHW, *(branch.channels_CHW for branch in given.branches)]
         if given.blend is not None:
-            tensors += [given.blend.mask_1HW, given.blend.clean_CHW, given.blend.noise_CHW]
+            tensors += given.blend.tensors
         kept = 0 if given.kept is None else given.kept.mask_HW.nbytes + given.kept.picture_HW3.nbytes
         return kept + sum(each.nbytes for each in tensors if each is not None)
+
+    def onto(self, device: torch.device) -> None:
+        """Brings what every call needs to the device, once."""
+        if device.type == "cpu":
+            return
+
+        def there(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else sent(tensor, device)
+
+        given = self.conditioning
+        blend = given.blend and Blend(*(sent(each, device) for each in given.blend.tensors))
+        branches = tuple(replace(branch, channels_CHW=there(branch.channels_CHW)) for branch in given.branches)
+        self.conditioning = replace(given, branches=branches, blend=blend)
+        self.added = [{name: sent(each, device) for name, each in added.items()} for added in self.added]
 
     def start(self) -> Tensor:
         """The latents that the walk starts from, float32 on the CPU."""
@@ -115,6 +131,7 @@ class Lanes:
         self._capacity = capacity
         self.guidance_rescale = guidance_rescale
         self.rows: list[Row] = []
+        self._phi = torch.tensor([guidance_rescale], device=device)
         self.x_RCHW = torch.zeros(0, *group.size, device=device)
         self.before_RCHW = self.x_RCHW
         self.history_RhCHW = torch.zeros(0, HISTORY, *group.size, device=device)
@@ -129,12 +146,23 @@ class Lanes:
         return sum(row.lanes for row in self.rows)
 
     def fits(self, row: Row) -> bool:
-        """Whether the row's lanes are free. A row wider than the whole batch walks alone, in several calls."""
-        return not self.rows or self.used + row.lanes <= self.capacity
+        """Whether there are lanes for the row in all calls to come: guidance may begin or end on the way.
+
+        A row wider than the whole batch walks alone, in several calls.
+        """
+        if not self.rows:
+            return True
+        if self.used + row.lanes > self.capacity:
+            return False
+        wanted = np.zeros(max(each.calls_left for each in (*self.rows, row)), dtype=int)
+        for each in (*self.rows, row):
+            wanted[: each.calls_left] += each.evaluations[each.position :]
+        return bool(wanted.max() <= self.capacity)
 
     def admit(self, row: Row) -> None:
         """Puts a row, its contexts encoded, into the batch."""
-        start = row.start()[None].to(self.x_RCHW)
+        row.onto(self.device)
+        start = sent(row.start()[None], self.device)
         x = torch.cat([self.x_RCHW, start])
         before = torch.cat([self.before_RCHW, torch.zeros_like(start)])
         fresh = self.history_RhCHW.new_zeros(1, *self.history_RhCHW.shape[1:])
@@ -178,13 +206,12 @@ class Lanes:
             lanes += [Lane(i, row.contexts[b], branches[b].channels_CHW, row.added[b]) for b in used]
         out_LCHW, failed = self.evaluate(self.group, x_RCHW, lines.timestep, lanes)
         lanes_RB, factors_RB = _rectangle(places, weights_RB)
-        guided_RCHW = weighted_sum(out_LCHW, lanes_RB.to(self.device), factors_RB.to(self.device))
+        guided_RCHW = weighted_sum(out_LCHW, sent(lanes_RB, self.device), sent(factors_RB, self.device))
         if self.guidance_rescale > 0:
             # The last branch is the one with every condition. A row at a time: how a sum over a row is split
             # must not depend on how many rows there are.
-            phi = torch.tensor([self.guidance_rescale], device=self.device)
             parts = zip(guided_RCHW.split(1), places, strict=True)
-            guided_RCHW = torch.cat([rescaled(own, out_LCHW[at[-1]][None], phi) for own, at in parts])
+            guided_RCHW = torch.cat([rescaled(own, out_LCHW[at[-1]][None], self._phi) for own, at in parts])
         return guided_RCHW, failed
 
     def _noise(self) -> Tensor | None:
@@ -193,7 +220,7 @@ class Lanes:
         if all(each is None for each in drawn):
             return None
         nothing = torch.zeros(NOISES, *self.x_RCHW.shape[1:])
-        return torch.stack([nothing if each is None else each for each in drawn]).to(self.device)
+        return sent(torch.stack([nothing if each is None else each for each in drawn]), self.device)
 
     def _leave(self, failed: dict[int, RowError]) -> Stepped:
         done = {i for i, row in enumerate(self.rows) if not row.calls_left} - failed.keys()
@@ -205,7 +232,7 @@ class Lanes:
         )
         stay = [i for i in range(len(self.rows)) if i not in done and i not in failed]
         self.rows = [self.rows[i] for i in stay]
-        index = torch.tensor(stay, dtype=torch.long, device=self.device)
+        index = sent(torch.tensor(stay, dtype=torch.long), self.device)
         self.x_RCHW = self.x_RCHW[index]
         self.before_RCHW = self.before_RCHW[index]
         self.history_RhCHW = self.history_RhCHW[index]
@@ -221,5 +248,5 @@ def _rectangle(places: list[list[int]], weights: list[list[float]]) -> tuple[Ten
 
 def blended(x_CHW: Tensor, blend: Blend, lines: Lines, row: int) -> Tensor:
     """The kept part at the level that the call reached, the drawn part as it is."""
-    mask, clean, noise = (value.to(x_CHW) for value in (blend.mask_1HW, blend.clean_CHW, blend.noise_CHW))
+    mask, clean, noise = (value.to(x_CHW) for value in blend.tensors)
     return mask * x_CHW + (1 - mask) * (lines.alpha[row] * clean + lines.sigma[row] * noise)

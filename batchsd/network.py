@@ -16,9 +16,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from batchsd.backends import BACKENDS, Backend, whole
+from batchsd.diffusion.walk import sent
 from batchsd.meter import Meter
 from batchsd.model.checkpoint import Model
 from batchsd.types import RowError, UsageError
+
+_DEVICE_ERRORS = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()  # torch < 2.8: RuntimeError
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,17 @@ class Network:
     on how many others there are.
     """
 
-    def __init__(self, model: Model, lanes_for: Callable[[Group], int], fixed: bool, meter: Meter) -> None:
+    def __init__(
+        self,
+        model: Model,
+        lanes_for: Callable[[Group], int],
+        fixed: bool,
+        meter: Meter,
+        backend: Backend = BACKENDS["eager"],
+    ) -> None:
         self.model = model
+        self.unet = backend.prepare(model.unet)
+        self.batch = whole if fixed else backend.batch
         self.lanes_for = lanes_for
         self.fixed = fixed
         self.meter = meter
@@ -84,37 +97,41 @@ class Network:
             if len(part) > most:
                 todo += [part[most:], part[:most]]
                 continue
+            short = False
             try:
                 out_LCHW[part.start : part.stop] = self._call(group, x_RCHW, timestep_R, [lanes[i] for i in part])
             except Exception as error:
                 if device_is_dead(error):
                     raise
-                if out_of_memory(error):
+                short = out_of_memory(error)
+                if short:
                     self._shrink(group, len(part), error)
                 if len(part) == 1:
                     failed[lanes[part[0]].row] = row_error(error)
                 else:
                     half = len(part) // 2
                     todo += [part[half:], part[:half]]
+            if short and x_RCHW.is_cuda:
+                torch.cuda.empty_cache()  # here: until the error is gone, it holds the call's tensors
         return out_LCHW, failed
 
     def _call(self, group: Group, x_RCHW: Tensor, timestep_R: Tensor, lanes: Sequence[Lane]) -> Tensor:
         slots = self.capacity(group)
-        batch = slots if self.fixed else len(lanes)
-        rows = [lane.row for lane in lanes]
-        x_LCHW = x_RCHW[rows]
+        batch = self.batch(len(lanes), slots)
+        rows_L = sent(torch.tensor([lane.row for lane in lanes]), x_RCHW.device)
+        x_LCHW = x_RCHW[rows_L]
         extras = [lane.channels_CHW for lane in lanes if lane.channels_CHW is not None]
         if extras:
             x_LCHW = torch.cat([x_LCHW, torch.stack(extras).to(x_LCHW)], dim=1)
         lengths = group.lengths or tuple({len(lane.context_TD) for lane in lanes})
         context_LTD, mask_LT = joined([lane.context_TD for lane in lanes], lengths)
         added = {
-            name: filled(torch.stack([lane.added[name] for lane in lanes]).to(x_LCHW.device), batch)
+            name: filled(torch.stack([lane.added[name] for lane in lanes]), batch)
             for name in lanes[0].added
         }
-        out_LCHW = self.model.unet(
+        out_LCHW = self.unet(
             filled(x_LCHW, batch).to(self.model.dtype, memory_format=torch.channels_last),
-            filled(timestep_R[rows], batch),
+            filled(timestep_R[rows_L], batch),
             filled(context_LTD, batch),
             None if mask_LT is None else filled(mask_LT, batch, True),
             added,
@@ -131,8 +148,6 @@ class Network:
                 f"{max(1, self.capacity(group) // 2)} (a new run: the bytes depend on it)"
             ) from error
         self._capacity[group] = max(1, lanes // 2)
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def joined(contexts: Sequence[Tensor], lengths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
@@ -144,7 +159,7 @@ def joined(contexts: Sequence[Tensor], lengths: Sequence[int]) -> tuple[Tensor, 
         return torch.stack(list(contexts)), None
     most = max(lengths)
     joined_LTD = torch.stack([filled(each, most) for each in contexts])
-    tokens_L1 = torch.tensor([[len(each)] for each in contexts], device=joined_LTD.device)
+    tokens_L1 = sent(torch.tensor([[len(each)] for each in contexts]), joined_LTD.device)
     return joined_LTD, torch.arange(most, device=joined_LTD.device) < tokens_L1
 
 
@@ -172,7 +187,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 def device_is_dead(error: BaseException) -> bool:
     """Whether nothing more can come from this device: then the worker must end, whatever row it had."""
-    return isinstance(error, torch.AcceleratorError) and not out_of_memory(error)
+    from_device = isinstance(error, _DEVICE_ERRORS) or (type(error) is RuntimeError and "CUDA error" in str(error))
+    return from_device and not out_of_memory(error)
 
 
 def row_error(error: Exception) -> RowError:

@@ -25,8 +25,7 @@ from batchsd.types import Sink, Task, UsageError
 BUILTIN = Source("batchsd", "built-in", "batchsd.defaults", __version__)
 WATCHERS = ("shard_started", "batch_done", "shard_done")
 
-# Stable Diffusion's scheduler_config.json, to try a new scheduler on
-TYPICAL_SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+BETAS = (0.00085, 0.012)  # Stable Diffusion's first and last: a forward process to try schedulers on
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +187,9 @@ def _check_aliases(schedulers: Mapping[str, Any], owners: Mapping[tuple[str, str
 
 def _scheduler_fault(name: str, thing: object) -> str | None:
     """What is wrong with it; a short walk is traced, so that one that fits no table is refused here."""
+    import numpy as np
+
+    from batchsd.diffusion.schedule import NoiseSchedule
     from batchsd.diffusion.scheduler import Scheduler
 
     if not isinstance(thing, Scheduler):
@@ -195,7 +197,7 @@ def _scheduler_fault(name: str, thing: object) -> str | None:
     if thing.name != name:
         return f"is a scheduler that calls itself {thing.name!r}; use one name"
     try:
-        thing.program(TYPICAL_SCHEDULE, steps=5)
+        thing.program(NoiseSchedule(np.cumprod(1 - np.linspace(*BETAS, 1000))), steps=5)
     except Exception as error:
         return f"cannot be used: {error if isinstance(error, UsageError) else cause(error)}"
     return None

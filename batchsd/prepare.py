@@ -76,7 +76,7 @@ def prepare(job: Job, workers: int, gpu: bool, limit: int | None = None) -> list
         if standing:
             refuse_other_columns(manifest, rest, standing[0], job)
         parts.append(rest)
-    draft = Draft.of(job, registry, gpu, limit)
+    draft = Draft.of(job, registry, gpu, limit, standing[0] if standing else None)
     found = []
     for number, part in enumerate(parts, start=1):
         before = standing[number - 1] if number <= len(standing) else None
@@ -103,12 +103,9 @@ class Draft:
     recognised: tuple[str, ...]
 
     @classmethod
-    def of(cls, job: Job, registry: Registry, gpu: bool, limit: int | None) -> Draft:
-        from batchsd.model.inspect import recognised
-
-        path, options = model_path(job), model_options(job)
-        checkpoint = checkpoint_hash(path, model_extras(job))
-        told = recognised(path, options["vae"], options["ema"])
+    def of(cls, job: Job, registry: Registry, gpu: bool, limit: int | None, standing: Plan | None) -> Draft:
+        checkpoint = checkpoint_hash(model_path(job), model_extras(job))
+        told = recognised(job, checkpoint, standing)
         dtype = pinned_dtype(job, gpu)
         packed = registry.sources[1:]  # the first is batchsd itself
         hard = {
@@ -154,6 +151,16 @@ class Draft:
         recipe = Recipe(job, manifest, packed, schema, self.checkpoint, self.dtype, ledger.store.uri)
         warnings = (*soft_differences(standing, plan), *slow_types(self.dtype, self.gpu))
         return Prepared(plan, shards, ledger, recipe, warnings, self.recognised)
+
+
+def recognised(job: Job, checkpoint: str, standing: Plan | None) -> tuple[str, ...]:
+    """What the checkpoint was recognised as. One that a standing plan knows is not read again: torch loads slowly."""
+    if standing is not None and standing.hard.get("checkpoint") == checkpoint and "model" in standing.soft:
+        return tuple(standing.soft["model"])
+    from batchsd.model import inspect
+
+    options = model_options(job)
+    return inspect.recognised(model_path(job), options["vae"], options["ema"])
 
 
 def slow_types(dtype: str, gpu: bool) -> tuple[str, ...]:

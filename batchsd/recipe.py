@@ -156,6 +156,7 @@ def engine_settings(job: Job) -> Any:
         guidance_interval=sampler.guidance_interval,
         scheduler_options={name: value for name, value in options.items() if value not in (None, "")},
         deterministic=job.run.deterministic,
+        backend=job.model.backend,
     )
 
 

@@ -61,7 +61,7 @@ class Model(Section):
     ema: bool = Field(default=False, description="a single file's averaged U-Net, where it holds two")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     device: Text = "auto"
-    backend: Text = "eager"
+    backend: Literal["eager", "compile"] = "eager"
 
 
 class Sampler(Section):

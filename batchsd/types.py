@@ -129,6 +129,10 @@ class Blend:
     clean_CHW: torch.Tensor
     noise_CHW: torch.Tensor
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.mask_1HW, self.clean_CHW, self.noise_CHW
+
 
 @dataclass(frozen=True, slots=True)
 class Kept:

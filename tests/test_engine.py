@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from batchsd.diffusion.builtin import BUILTIN
-from batchsd.engine import Engine, Settings
+from batchsd.engine import Engine, Settings, within
 from batchsd.model.checkpoint import load
 from batchsd.tasks.text import TextTask
-from batchsd.types import Conditioning, Record, Request, RowError, Shard
+from batchsd.types import Branch, Conditioning, Record, Request, RowError, Shard
 
 ROW = pa.table({"id": ["x"]})
 SCHEDULERS = {
@@ -199,6 +199,13 @@ def test_guidance_interval(checkpoint: Path) -> None:
     assert np.abs(off - drawn[1e8, 1e9]).max() <= 1
     assert np.abs(drawn[()] - off).max() > 3
     assert min(np.abs(drawn[1.0, 5.0] - other).max() for other in (off, drawn[()])) > 1
+
+
+def test_outside_the_interval_the_last_branch_stands_alone() -> None:
+    always = Conditioning((Branch(""),) * 3, lambda sigma: (0.5, -4.5, 5.0), torch.zeros(4, 2, 2))
+    weights = within(always, (0.3, 5.5)).weights
+    assert weights(5.6) == weights(0.3) == (0, 0, 1)
+    assert weights(5.5) == weights(0.31) == (0.5, -4.5, 5)
 
 
 def test_guidance_rescale_equals_diffusers(checkpoint: Path) -> None:

@@ -19,10 +19,10 @@ from batchsd.tasks.text import TextTask
 from batchsd.types import Request, Shard
 
 
-def empty_engine(folder: Path, lanes: int = 16) -> Engine:
+def empty_engine(folder: Path, lanes: int = 16, **settings: object) -> Engine:
     return Engine(
         without_networks(load(folder)), schedulers=BUILTIN, tasks={"text": TextTask()},
-        encode=lambda picture: (b"", "raw"), settings=Settings(lanes=lanes),
+        encode=lambda picture: (b"", "raw"), settings=Settings(lanes=lanes, **settings),
     )  # fmt: skip
 
 
@@ -54,6 +54,23 @@ def test_a_sparse_size_neither_blocks_nor_starves(checkpoint: Path) -> None:
     assert 10 < first < 96, "others go first, but it is drawn before the third shard is through"
     _, least = bounds(engine, rows, 16)
     assert engine.meter.network_calls <= 1.6 * least
+
+
+def test_lanes_of_guidance_that_is_off_are_lent_to_others(checkpoint: Path) -> None:
+    """Guidance for about a third of the calls: the lanes that it leaves free serve other rows, and none is too many."""
+    rows = [replace(row, height=32, width=32, steps=20, guidance_scale=5.0) for row in mixed_rows(64, 32)]
+    engine = empty_engine(checkpoint, guidance_interval=(1.0, 4.0))
+    sizes, unet = [], engine.network.unet
+
+    def counted(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        sizes.append(len(x))
+        return unet(x, *rest)
+
+    engine.network.unet = counted
+    assert generate(engine, rows, 64) == {row.key: 1 for row in rows}
+    assert max(sizes) <= 16 and sum(sizes) == engine.meter.evaluations
+    always = sum(2 * len(engine.program(row.scheduler, row.steps)) for row in rows)
+    assert len(sizes) < 0.85 * always / 16, "fewer than there could be with lanes kept for guidance that is off"
 
 
 def test_rows_are_not_pulled_without_end(checkpoint: Path) -> None:
@@ -93,6 +110,7 @@ def test_too_little_memory_for_a_decoding_batch(checkpoint: Path) -> None:
 def test_decoding_does_not_hold_up_denoising(checkpoint: Path) -> None:
     """The first batch of pictures is decoded only after three more network calls: nobody else would make them."""
     engine = empty_engine(checkpoint, lanes=4)
+    engine.overlap = True  # as on a GPU
     decode, moved = engine.model.vae.decode, threading.Semaphore(0)
     unet, decoded = engine.model.unet.forward, []
 

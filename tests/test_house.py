@@ -60,12 +60,14 @@ MAY_IMPORT = {
     "bench": "store",
     "published": "columns ledger store",
     "provenance": "columns",
-    "engine": "batch_size beside diffusion flow intake lanes meter model network",
-    "flow": "intake lanes meter network",
-    "batch_size": "model",
+    "engine": "backends batch_size beside diffusion flow intake lanes meter model network pictures",
+    "flow": "intake lanes meter network pictures",
+    "pictures": "beside lanes meter network",
     "beside": "",
+    "backends": "model",
+    "batch_size": "model",
     "lanes": "diffusion network",
-    "network": "meter model",
+    "network": "backends diffusion meter model",
     "intake": "",
     "meter": "",
     "order": "",
@@ -131,7 +133,7 @@ DOORS = {
 
 # Slow to import: at the top of a file only in these rooms, elsewhere inside the function that needs it.
 AT_THE_TOP = {
-    "torch": "batch_size beside engine flow lanes network model diffusion training",
+    "torch": "backends batch_size beside engine flow lanes network pictures model diffusion training",
     "transformers": "",
     "ray": "",
 }

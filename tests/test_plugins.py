@@ -348,3 +348,10 @@ def test_describe(plugin, installed, tmp_path):
         "version": "3.1",
     }
     json.dumps(list(rows.values()))
+
+
+def test_a_registry_needs_no_torch() -> None:
+    """A plan, and "nothing to do", must not wait for torch: it takes seconds to import."""
+    code = "import sys, pathlib, batchsd.plugins as p; p.build([], pathlib.Path()); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -10,9 +10,7 @@ from batchsd.job import Job, load
 from batchsd.types import UsageError
 from batchsd.unbuilt import NOT_BUILT, refuse_unbuilt
 
-VALUES = {
-    "model.backend": "other",
-}
+VALUES: dict[str, str] = {}
 
 
 def job(tmp_path: Path, *sets: str) -> Job:

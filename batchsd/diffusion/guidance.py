@@ -1,4 +1,4 @@
-"""Guidance mixes what a row's branches predict:
+"""Guidance mixes what a row's branches predict, by the weights that its task gives (`Conditioning.weights`):
 
     guided = sum_i w_i output_i          classifier-free (Ho and Salimans, 2022): w = (1 - g, g)
 
@@ -7,23 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
-
-
-def classifier_free(scale: float, interval: Sequence[float] = ()) -> Callable[[float], tuple[float, float]]:
-    """Weights of (negative, positive) by k-diffusion's sigma of the call: `Conditioning.weights`.
-
-    With `interval` (low, high) guidance acts only for low < sigma <= high (Kynkaanniemi et al., 2024);
-    elsewhere the positive stands alone.
-    """
-    low, high = interval or (-1.0, float("inf"))
-
-    def weights(sigma: float) -> tuple[float, float]:
-        return (1 - scale, scale) if low < sigma <= high else (0.0, 1.0)
-
-    return weights
 
 
 def weighted_sum(outputs: torch.Tensor, lanes: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

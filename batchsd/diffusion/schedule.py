@@ -12,12 +12,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from batchsd.types import UsageError
+
+if TYPE_CHECKING:  # slow to import, and a plan needs no more than the names of samplers
+    import torch
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -27,16 +29,21 @@ CLAMPED_ALPHA = 2.0**-24
 
 def scaled_linear(start: float, end: float, count: int) -> torch.Tensor:
     """Linear in sqrt(beta): what latent diffusion calls "linear". float32 [count]."""
+    import torch
+
     return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32) ** 2
 
 
 def linear(start: float, end: float, count: int) -> torch.Tensor:
     """Linear in beta (Ho et al., 2020). float32 [count]."""
+    import torch
+
     return torch.linspace(start, end, count, dtype=torch.float32)
 
 
 def squaredcos_cap_v2(_start: float, _end: float, count: int) -> torch.Tensor:
     """ac(t) = cos^2((t + 0.008) / 1.008 * pi / 2), beta <= 0.999 (Nichol and Dhariwal, 2021). [count]."""
+    import torch
 
     def ac(t: float) -> float:
         return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -53,6 +60,8 @@ BETAS: Mapping[str, Callable[[float, float, int], torch.Tensor]] = {
 
 def rescale_zero_snr(betas: torch.Tensor) -> torch.Tensor:
     """Shift and scale sqrt(ac) so that the last is 0 and the first stays (Lin et al., 2023, algorithm 1)."""
+    import torch
+
     root = torch.cumprod(1 - betas, 0).sqrt()
     first, last = root[0].clone(), root[-1].clone()
     ac = ((root - last) * (first / (first - last))) ** 2
@@ -107,6 +116,8 @@ class NoiseSchedule:
         Absent keys mean diffusers' defaults. Products are taken in float32, as the networks were trained and
         as diffusers has it, so that both agree to the last bit. Raises UsageError on what we do not know.
         """
+        import torch
+
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in PREDICTION_TYPES:
             raise UsageError(
@@ -148,6 +159,8 @@ class NoiseSchedule:
 
     def coefficients(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(alpha_t, sigma_t) of timesteps t [R], to multiply `like` [R, ...]: its dtype and device."""
+        import torch
+
         ac = torch.from_numpy(self.alphas_cumprod).to(t.device)[t].reshape(-1, *[1] * (like.ndim - 1))
         return ac.sqrt().to(like), (1 - ac).sqrt().to(like)
 
@@ -166,15 +179,3 @@ class NoiseSchedule:
         if self.prediction_type == "v_prediction":
             return self.velocity(x0, noise, t)
         return noise if self.prediction_type == "epsilon" else x0
-
-    def sample_timesteps(self, count: int, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Training timesteps, uniform over 0 .. T-1: int64 [count], on the CPU."""
-        return torch.randint(0, len(self), (count,), generator=generator)
-
-    def min_snr_weights(self, t: torch.Tensor, gamma: float = 5.0) -> torch.Tensor:
-        """Loss weights [R]: min(SNR, gamma) on the x_0 error (Hang et al., 2023), in the target's units."""
-        ac = torch.from_numpy(self.alphas_cumprod).to(t.device)[t]
-        snr = ac / (1 - ac)
-        unit = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[self.prediction_type]
-        # snr = 0 (zero terminal SNR) with eps: the error says nothing about x_0, and weighs nothing
-        return torch.where(unit > 0, snr.clamp(max=gamma) / unit.clamp(min=1e-20), 0.0).float()

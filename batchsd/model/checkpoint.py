@@ -121,7 +121,7 @@ class Model:
         The draw is one float32 tensor of (1, C, H/f, W/f) from the row's CPU generator, as diffusers' img2img
         makes it.
         """
-        posterior = self.vae.encode(image_3HW[None].to(self.device, self.vae.dtype))
+        posterior = self.vae.encode(image_3HW[None].to(self.device, self.vae.encoder.dtype))
         noise = torch.randn(posterior.mean_BCHW.shape, generator=generator, dtype=torch.float32)
         drawn = posterior.sample(noise.to(posterior.mean_BCHW))
         return (drawn[0] * self.vae.config.scaling_factor).float().cpu()
@@ -129,7 +129,7 @@ class Model:
     @torch.no_grad()
     def encode_mode(self, image_3HW: Tensor) -> Tensor:
         """A picture in [-1, 1] -> its posterior's mode, not scaled (as instruct-pix2pix reads it), float32."""
-        return self.vae.encode(image_3HW[None].to(self.device, self.vae.dtype)).mean_BCHW[0].float().cpu()
+        return self.vae.encode(image_3HW[None].to(self.device, self.vae.encoder.dtype)).mean_BCHW[0].float().cpu()
 
     def estimate_depth(self, picture_HW3: np.ndarray, convention: str = "diffusers") -> np.ndarray | None:
         """An RGB picture, uint8 -> a float32 map of any size, greater is nearer; None: there is no depth network."""
@@ -139,12 +139,14 @@ class Model:
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Scaled latents -> pictures in [0, 1], float32 (B, 3, H, W), on the device.
 
-        A VAE of a half type that overflows is put into float32, for good, and asked again.
+        A decoder of a half type that overflows is put into float32, for good, and asked again. The encoder stays as it
+        is: a GPU decodes beside the next rows' encoding.
         """
         z_BCHW = latents_BCHW / self.vae.config.scaling_factor
         pictures = self.vae.decode(z_BCHW.to(self.vae.dtype))
         if self.vae.dtype != torch.float32 and not torch.isfinite(pictures).all():
-            place(self.vae, self.device, torch.float32)
+            for part in filter(None, (self.vae.decoder, self.vae.post_quant_conv)):
+                place(part, self.device, torch.float32)
             pictures = self.vae.decode(z_BCHW.float())
         return (pictures.float() / 2 + 0.5).clamp(0, 1)
 

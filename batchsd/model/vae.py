@@ -79,6 +79,10 @@ class Encoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.groups, channels[-1], eps=_EPS)
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv_in.weight.dtype
+
     def forward(self, x_BCHW: Tensor) -> Tensor:
         x_BCHW = self.conv_in(x_BCHW)
         for block in self.down_blocks:

@@ -19,9 +19,10 @@ from batchsd.types import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from batchsd.diffusion.program import Network, Program
+    from batchsd.diffusion.program import Program
     from batchsd.diffusion.schedule import NoiseSchedule
     from batchsd.diffusion.scheduler import Scheduler
+    from batchsd.diffusion.walk import Network
 
 Clean = Callable[["torch.Tensor", float, float], "torch.Tensor"]
 """(x, alpha, sigma) -> the clean estimate."""
@@ -99,8 +100,8 @@ def _check_function(
     """The function itself, on tensors, against its table: the same network and the same draws."""
     import torch
 
-    from batchsd.diffusion.program import NetworkDenoise, run_program
     from batchsd.diffusion.scheduler import keyword_defaults
+    from batchsd.diffusion.walk import NetworkDenoise, run_program
 
     start = torch.linspace(-2, 2, 5, dtype=torch.float64) * program.init_sigma + program.init_alpha * MEAN
     network = gaussian_network(schedule, posterior_mean)
@@ -149,8 +150,8 @@ def _check_gaussian(scheduler: Scheduler, steps: int, tolerance: float, clean: C
     """
     import torch
 
-    from batchsd.diffusion.program import run_program
     from batchsd.diffusion.schedule import NoiseSchedule
+    from batchsd.diffusion.walk import run_program
 
     schedule = NoiseSchedule.from_config(SD_CONFIG)
     program = _program(scheduler, schedule, steps, 0, f"{scheduler.name!r}, {steps} steps")

@@ -31,15 +31,15 @@ SAMPLERS = ("ddim", "euler", "euler_a", "dpmpp_2m", "heun", "pndm")
 NOTHING = pa.table({"id": [None]})
 
 
-def mixed_rows(count: int, native: int, seed: int = 0) -> list[Request]:
-    """Rows in a manifest's random order. Sizes: native, wide, and half; `native` is a side in pixels."""
+def mixed_rows(count: int, native: int, seed: int = 0, most: int = 50) -> list[Request]:
+    """Rows in random order, of 5 to `most` steps. Sizes: native, wide, and half; `native` is a side in pixels."""
     rng = random.Random(seed)
     prompts = [caption for caption, _ in held_out_captions(64)]
     sizes = ((native, native), (native // 2, native), (native // 2, native // 2))
     rows = []
     for i in range(count):
         height, width = rng.choice(sizes)
-        guidance, steps = rng.choice((1.0, 3.0, 7.5)), rng.randint(5, 50)
+        guidance, steps = rng.choice((1.0, 3.0, 7.5)), rng.randint(min(5, most), most)
         sampler, prompt = rng.choice(SAMPLERS), rng.choice(prompts)
         rows.append(
             Request(str(i), i, 0, prompt, None, i, steps, guidance, height, width, sampler, "text", {}, NOTHING)

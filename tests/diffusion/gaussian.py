@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from batchsd.diffusion.levels import Level, Levels
-from batchsd.diffusion.program import HISTORY, NOISES, Program, gather, update
+from batchsd.diffusion.program import HISTORY, NOISES, Program
 from batchsd.diffusion.schedule import NoiseSchedule
+from batchsd.diffusion.walk import gather, update
 
 from .oracle import BASE
 

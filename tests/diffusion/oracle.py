@@ -7,9 +7,10 @@ from collections.abc import Callable
 import diffusers
 import torch
 
-from batchsd.diffusion.program import NetworkDenoise, Program, run_program
+from batchsd.diffusion.program import Program
 from batchsd.diffusion.schedule import NoiseSchedule
 from batchsd.diffusion.scheduler import Scheduler, keyword_defaults
+from batchsd.diffusion.walk import NetworkDenoise, run_program
 
 SHAPE = (1, 4, 6, 6)
 

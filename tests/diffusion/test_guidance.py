@@ -5,21 +5,14 @@ from __future__ import annotations
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from batchsd.diffusion.guidance import classifier_free, rescaled, weighted_sum
+from batchsd.diffusion.guidance import rescaled, weighted_sum
 
 
 def test_two_branches_are_classifier_free_guidance():
     negative, positive = torch.randn(2, 4, 5, 5)
-    w = torch.tensor([classifier_free(7.5)(3.0)])
+    w = torch.tensor([[1 - 7.5, 7.5]])
     guided = weighted_sum(torch.stack([negative, positive]), torch.tensor([[0, 1]]), w)
     torch.testing.assert_close(guided[0], negative + 7.5 * (positive - negative))
-
-
-def test_outside_the_interval_the_positive_stands_alone():
-    weights = classifier_free(5.0, (0.3, 5.5))
-    assert weights(5.6) == weights(0.3) == (0, 1)
-    assert weights(5.5) == weights(0.31) == (-4, 5)
-    assert classifier_free(5.0)(float("inf")) == (-4, 5)
 
 
 def test_rows_of_unequal_branches_share_lanes_and_no_nan_passes_between_them():

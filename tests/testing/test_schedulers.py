@@ -8,9 +8,9 @@ import torch
 
 import batchsd.testing.schedulers as contract
 from batchsd.diffusion.builtin import BUILTIN
-from batchsd.diffusion.program import run_program
 from batchsd.diffusion.schedule import NoiseSchedule
 from batchsd.diffusion.scheduler import Scheduler
+from batchsd.diffusion.walk import run_program
 from batchsd.testing import check_scheduler, consistency, posterior_mean
 
 # Samplers of distilled models have a grid of 50 steps. LCM's network jumps to the path's end; TCD jumps part

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from batchsd.diffusion.builtin import BUILTIN
-from batchsd.diffusion.program import HISTORY, NOISES, along, gather, run_program, update
+from batchsd.diffusion.program import HISTORY, NOISES
+from batchsd.diffusion.walk import along, gather, run_program, update
 
 from .oracle import BASE, toy_network
 

@@ -1,0 +1,160 @@
+"""Latents become pictures, and pictures become files, while other rows walk on.
+
+    latents of one size -> a VAE batch -> uint8 pictures -> encoder threads -> Records
+
+Bounded in bytes: where more pictures than `MOST_BYTES` are on their way, the network waits for the oldest.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from batchsd.beside import Start
+from batchsd.lanes import Row
+from batchsd.meter import Meter
+from batchsd.network import out_of_memory, row_error
+from batchsd.types import Record, Request, RowError, Shard
+
+MOST_BYTES = 256 * 2**20  # of pictures from the moment their latents go to the VAE until they are files
+
+Drawn = tuple[np.ndarray, bool] | RowError
+"""A picture (H, W, 3) and whether its latents were finite; or why there is none."""
+
+
+class Stages(Protocol):
+    """What is done to latents and pictures; see `engine.Engine`."""
+
+    meter: Meter
+    decode_batch: int
+    encode: Callable[[np.ndarray], tuple[bytes, str]]
+
+    def decode(self, latents_BCHW: Tensor) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@dataclass(eq=False)
+class Batch:
+    """Rows whose latents are with the VAE, and the bytes that their pictures take."""
+
+    rows: list[Row]
+    drawn: Future[list[Drawn]]
+    bytes: int
+
+
+class Pictures:
+    """`take` latents, `decode` what is due, `finished` gives records in about the order in which they came."""
+
+    def __init__(self, engine: Stages, encoders: ThreadPoolExecutor, decoder: Start[list[Drawn]], scale: int) -> None:
+        self.engine = engine
+        self.encoders = encoders
+        self.decoder = decoder
+        self.scale = scale  # pixels a latent, along a side
+        self.latents: dict[tuple[int, ...], list[tuple[Row, Tensor]]] = {}
+        self.batches: deque[Batch] = deque()
+        self.done: deque[tuple[Shard, int, Future[Record] | Record]] = deque()  # with the picture's bytes
+        self.bytes = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.latents or self.batches or self.done)
+
+    def take(self, row: Row, latents_CHW: Tensor) -> None:
+        self.latents.setdefault(row.size, []).append((row, latents_CHW))
+
+    def fail(self, shard: Shard, request: Request, error: RowError) -> None:
+        self.done.append((shard, 0, Record(request, error.status, str(error))))
+
+    def rows(self) -> Counter[Shard]:
+        """Rows of each shard that are here."""
+        here = Counter(row.shard for pairs in self.latents.values() for row, _ in pairs)
+        here.update(row.shard for batch in self.batches for row in batch.rows)
+        here.update(shard for shard, _, _ in self.done)
+        return here
+
+    def decode(self, all_of_them: bool) -> None:
+        """Hands full batches of latents to the VAE, or whatever is there."""
+        for size, pairs in list(self.latents.items()):
+            while pairs and (all_of_them or len(pairs) >= self.engine.decode_batch):
+                self._hand_over(pairs)
+            if not pairs:
+                del self.latents[size]
+
+    def _hand_over(self, pairs: list[tuple[Row, Tensor]]) -> None:
+        batch = pairs[: self.engine.decode_batch]
+        del pairs[: len(batch)]
+        size = sum(3 * row.size[1] * row.size[2] * self.scale**2 for row, _ in batch)
+        self.bytes += size
+        latents = [latents for _, latents in batch]
+        self.batches.append(Batch([row for row, _ in batch], self.decoder(lambda: self._drawn(latents)), size))
+
+    def _drawn(self, latents: list[Tensor]) -> list[Drawn]:
+        """The VAE's work, beside the network; what does not fit is halved."""
+        try:
+            pictures, finite = self.engine.decode(torch.stack(latents))
+            return list(zip(pictures, map(bool, finite), strict=True))
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            if len(latents) == 1:
+                return [row_error(error)]
+        half = len(latents) // 2
+        self.engine.decode_batch = min(self.engine.decode_batch, half)
+        return self._drawn(latents[:half]) + self._drawn(latents[half:])
+
+    def finished(self, wait: bool) -> Iterator[tuple[Shard, Record]]:
+        """Records that are ready; the oldest is waited for with `wait`, or where too many bytes are on their way."""
+        while True:
+            while self.batches and self.batches[0].drawn.done():
+                self._encode(self.batches.popleft())
+            for _ in range(len(self.done)):
+                shard, size, result = self.done.popleft()
+                if isinstance(result, Future):
+                    if not (result.done() or wait or self.bytes > MOST_BYTES):
+                        self.done.append((shard, size, result))
+                        continue
+                    with self.engine.meter.stage("wait"):
+                        result = result.result()
+                    self.engine.meter.pictures += 1
+                self.bytes -= size
+                yield shard, result
+            if not (self.batches and (wait or self.bytes > MOST_BYTES)):
+                return
+            self._encode(self.batches.popleft())
+
+    def _encode(self, batch: Batch) -> None:
+        """Gives decoded pictures to the encoder threads."""
+        with self.engine.meter.stage("wait"):
+            drawn = batch.drawn.result()
+        for row, result in zip(batch.rows, drawn, strict=True):
+            size = batch.bytes // len(batch.rows)
+            if isinstance(result, RowError):
+                self.bytes -= size
+                self.fail(row.shard, row.request, result)
+                continue
+            picture, finite = result
+            if row.conditioning.kept is not None:
+                picture = row.conditioning.kept.into(picture)
+            self.done.append((row.shard, size, self.encoders.submit(self._made, row, picture, finite)))
+
+    def _made(self, row: Row, picture_HW3: np.ndarray, finite: bool) -> Record:
+        """Runs in an encoder thread."""
+        return replace(self._record(row.request, picture_HW3, finite), made=row.conditioning.made)
+
+    def _record(self, request: Request, picture_HW3: np.ndarray, finite: bool) -> Record:
+        height, width = picture_HW3.shape[:2]
+        if not finite:
+            message = "the network gave numbers that are not finite; try another seed, or model.dtype float32"
+            return Record(request, "nan", message)
+        if picture_HW3.min() == picture_HW3.max():
+            return Record(request, "flat", "every pixel of the picture has one value", height=height, width=width)
+        try:
+            content, extension = self.engine.encode(picture_HW3)
+        except Exception as error:
+            return Record(request, "error", f"encoding: {type(error).__name__}: {error}")
+        return Record(request, "ok", None, content, extension, height, width)
