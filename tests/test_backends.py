@@ -27,6 +27,7 @@ def test_sizes_of_calls() -> None:
     assert [as_many(3, 16), whole(3, 16)] == [3, 16]
 
 
+@pytest.mark.heavy  # half a CPU minute of compilation
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_a_compiled_network_gives_the_same_numbers(checkpoint: Path) -> None:
     """One shape only: each costs a compilation."""

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
-from bench.bench_mixed import mixed_rows, shards_of, without_networks
+import torch
+from bench.bench_mixed import mixed_rows, shards_of
 
 from batchsd import pictures
+from batchsd.beside import at_once, beside
 from batchsd.diffusion.builtin import BUILTIN
 from batchsd.engine import Engine, Settings
+from batchsd.meter import Meter
 from batchsd.model.checkpoint import load
 from batchsd.tasks.text import TextTask
 from batchsd.types import Request
@@ -25,54 +30,37 @@ def rows(count: int) -> list[Request]:
     return [replace(row, height=32, width=32, steps=2) for row in mixed_rows(count, 32)]
 
 
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Bytes on their way, after each batch that was handed over."""
-    found: list[int] = []
-    hand_over = pictures.Pictures._hand_over
-
-    def watched(self: pictures.Pictures, *rest: object) -> None:
-        hand_over(self, *rest)  # type: ignore[arg-type]
-        found.append(self.bytes)
-
-    monkeypatch.setattr(pictures.Pictures, "_hand_over", watched)
-    yield found
-
-
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("where", ["in place", "beside"])
+@pytest.mark.parametrize(("bound", "most"), [(6, 6 + 2), (1000, 40)])
 def test_slow_encoders_hold_the_network_back(
-    checkpoint: Path, seen: list[int], overlap: bool, monkeypatch: pytest.MonkeyPatch
+    where: str, bound: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Rows arrive at once and take a while to encode: never more bytes are on their way than the bound and a batch."""
+
     def slow(picture: np.ndarray) -> tuple[bytes, str]:
-        time.sleep(0.01)
+        time.sleep(0.05)
         return b"x", "raw"
 
-    def most(bound: int) -> float:
-        monkeypatch.setattr(pictures, "MOST_BYTES", bound * A_PICTURE)
-        engine = Engine(
-            without_networks(load(checkpoint)), schedulers=BUILTIN, tasks={"text": TextTask()}, encode=slow,
-            settings=Settings(lanes=8, decode_batch=2),
-        )  # fmt: skip
-        engine.overlap = overlap
-        engine.model.vae.decode = colourful(engine.model.vae.decode)  # type: ignore[method-assign]
-        seen.clear()
-        assert sum(1 for _, record in engine.generate(shards_of(rows(48), 48)) if record.status == "ok") == 48
-        return max(seen) / A_PICTURE
+    def decode(z: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        return np.arange(len(z) * A_PICTURE, dtype=np.uint8).reshape(-1, 32, 32, 3), np.ones(len(z), bool)
 
-    # A step may finish 8 rows, whose batches go out before anybody looks at the bound.
-    assert most(6) <= 6 + 8
-    assert most(1000) > 6 + 8, "without the bound there are more, else this shows nothing"
-
-
-def colourful(decode):  # type: ignore[no-untyped-def]
-    """A picture of one colour would be `flat`."""
-
-    def decoded(z):  # type: ignore[no-untyped-def]
-        made = decode(z)
-        made[:, :, 0] = 1
-        return made
-
-    return decoded
+    monkeypatch.setattr(pictures, "MOST_BYTES", bound * A_PICTURE)
+    engine: Any = SimpleNamespace(meter=Meter(), decode_batch=2, encode=slow, decode=decode)
+    given: Any = SimpleNamespace(kept=None, made={})
+    seen, done = [], []
+    decoding = beside(torch.device("cpu")) if where == "beside" else at_once()
+    with ThreadPoolExecutor(2) as encoders, decoding as decoder:
+        ours = pictures.Pictures(engine, encoders, decoder, 8)
+        for request in rows(40):
+            row: Any = SimpleNamespace(size=(4, 4, 4), shard=None, request=request, conditioning=given)
+            ours.take(row, torch.zeros(4, 4, 4))
+            ours.decode(False)
+            seen.append(ours.bytes / A_PICTURE)
+            done += ours.finished(wait=False)
+        done += ours.finished(wait=True)
+    assert {record.status for _, record in done} == {"ok"} and len(done) == 40 and ours.bytes == 0 and not ours
+    assert max(seen) <= most
+    assert bound < 1000 or max(seen) > 2 * (6 + 2), "without the bound there are more, else this shows nothing"
 
 
 def test_decoding_beside_the_network_changes_no_picture(checkpoint: Path) -> None:
