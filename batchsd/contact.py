@@ -1,5 +1,7 @@
 """A contact sheet: some of a run's pictures on one PNG, each with its prompt below it.
 
+Where the run holds the images that its rows began with (`output.keep_inputs`), they stand before each picture.
+
 The rows are spread evenly over the run, so the sheet shows its end as well as its beginning. Only the row
 groups that hold a chosen row are read, one at a time. The same run gives the same sheet.
 """
@@ -7,6 +9,7 @@ groups that hold a chosen row are read, one at a time. The same run gives the sa
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,20 +18,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
-from batchsd.columns import OURS
+from batchsd import images
+from batchsd.columns import MANIFEST, ON_REQUEST, OURS, holds_bytes
 from batchsd.store import Store
-from batchsd.types import UsageError
+from batchsd.types import RowError, UsageError
 
 CONTACT = "contact.png"
 MARGIN, GAP, TEXT, LINES = 24, 16, 13, 3  # pixels; the last is how many lines of a prompt are shown
 LINE = TEXT + 5
+SIDE, SIDE_OF_MANY, SEAM = 256, 176, 4  # a picture at most; where inputs stand beside it; between them
+BESIDE = ("init_image", "mask", "depth", *ON_REQUEST)
 PAPER, INK, PALE, GRAY = "#ffffff", "#1a1a1a", "#555555", "#d4d4d4"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as it is shown: the picture, or None with what went wrong."""
+    """One row as it is shown: its inputs, and the picture, or None with what went wrong."""
 
+    beside: tuple[Image.Image, ...]
     picture: Image.Image | None
     label: str
     failure: str
@@ -53,9 +60,24 @@ def write_contact_sheet(store: Store, tables: Sequence[tuple[str, int]], most: i
 
 
 def _names(schema: pa.Schema) -> dict[str, str]:
-    """Which column holds which of our values: a job may have renamed them."""
-    ours = {field.metadata[OURS].decode(): field.name for field in schema if OURS in (field.metadata or {})}
-    return {name: ours[name] for name in ("image", "prompt", "status", "error")}
+    """Which column holds which of our values, and the inputs that are there: a job may have renamed them."""
+    ours, given, job = {}, {}, _job(schema)
+    theirs = {job.get(name, name): name for name in (*BESIDE, "strength")}
+    for field in schema:
+        told = field.metadata or {}
+        name = theirs.get(told.get(MANIFEST, b"").decode())
+        if OURS in told:
+            ours[told[OURS].decode()] = field.name
+        elif name and (name == "strength" or holds_bytes(field.type)):
+            given[name] = field.name
+    wanted = ("image", "prompt", "status", "error", *(name for name in BESIDE if name in ours))
+    return {name: ours[name] for name in wanted} | given
+
+
+def _job(schema: pa.Schema) -> Mapping[str, str]:
+    """The job's input.columns: ours = theirs."""
+    told = json.loads((schema.metadata or {}).get(b"batchsd", b"{}"))
+    return told.get("job", {}).get("input", {}).get("columns", {})
 
 
 def _read(store: Store, tables: Sequence[tuple[str, int]], chosen: Sequence[int]) -> Iterator[Row]:
@@ -80,45 +102,64 @@ def _read(store: Store, tables: Sequence[tuple[str, int]], chosen: Sequence[int]
 
 def _row(values: Mapping[str, Any], names: Mapping[str, str]) -> Row:
     cell = values[names["image"]]
+    inputs = [values[names[name]] for name in BESIDE if name in names]
+    side = SIDE_OF_MANY if inputs else SIDE
+    beside = tuple(_input(value, side) for value in inputs)
     label = " ".join((values[names["prompt"]] or "").split())
+    if "strength" in names and isinstance(strength := values[names["strength"]], float):
+        label = f"({strength:g}) {label}"
     if cell is None:
         failure = f"{values[names['status']]}: {values[names['error']] or 'no reason given'}"
-        return Row(None, label, " ".join(failure.split()))
-    return Row(_to_size(Image.open(io.BytesIO(cell["bytes"])).convert("RGB")), label, "")
+        return Row(beside, None, label, " ".join(failure.split()))
+    return Row(beside, _to_size(Image.open(io.BytesIO(cell["bytes"])).convert("RGB"), side), label, "")
 
 
-def _to_size(picture: Image.Image) -> Image.Image:
-    """Small pictures grow by whole numbers, so that people see them; large ones shrink to 256 pixels."""
+def _input(cell: Any, side: int) -> Image.Image:
+    """An input as it is shown: an empty tile where there is none, or none that can be shown."""
+    content = cell["bytes"] if isinstance(cell, Mapping) else cell
+    try:
+        return _to_size(images.rgb(content), side) if content else Image.new("RGB", (side // 2, side // 2), PAPER)
+    except RowError:
+        return Image.new("RGB", (side // 2, side // 2), GRAY)
+
+
+def _to_size(picture: Image.Image, side: int) -> Image.Image:
+    """Small pictures grow by whole numbers, so that people see them; large ones shrink to `side` pixels."""
     long = max(picture.size)
-    if long > 256:
-        picture.thumbnail((256, 256), Image.Resampling.LANCZOS)
+    if long > side:
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
         return picture
-    scale = max(1, 192 // long)
+    scale = max(1, side * 3 // 4 // long)
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.LANCZOS)
 
 
 def _draw(rows: Sequence[Row], title: str) -> Image.Image:
     font = ImageFont.load_default(TEXT)
     tile = max((max(row.picture.size) for row in rows if row.picture), default=128)
-    across = min(len(rows), max(4, 1600 // (tile + GAP)))
+    width = tile + max(len(row.beside) for row in rows) * (tile + SEAM)
+    across = min(len(rows), max(3, 1600 // (width + GAP)))
     down = -(-len(rows) // across)
     cell_height = tile + GAP // 2 + LINES * LINE + GAP
     top = MARGIN + 2 * LINE
-    size = (2 * MARGIN + across * (tile + GAP) - GAP, top + down * cell_height - GAP + MARGIN)
+    size = (2 * MARGIN + across * (width + GAP) - GAP, top + down * cell_height - GAP + MARGIN)
     sheet = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((MARGIN, MARGIN), title, INK, ImageFont.load_default(TEXT + 5))
     for number, row in enumerate(rows):
-        x = MARGIN + number % across * (tile + GAP)
+        left = x = MARGIN + number % across * (width + GAP)
         y = top + number // across * cell_height
+        for picture in row.beside:
+            picture.thumbnail((tile, tile))
+            sheet.paste(picture, (x + (tile - picture.width) // 2, y + tile - picture.height))
+            x += tile + SEAM
         if row.picture is None:
             pen.rectangle((x, y, x + tile - 1, y + tile - 1), GRAY)
             lines = wrap(row.failure, font, tile - 16, (tile - 16) // LINE)
             pen.multiline_text((x + 8, y + 8), "\n".join(lines), INK, font, spacing=4)
         else:
             sheet.paste(row.picture, (x + (tile - row.picture.width) // 2, y + tile - row.picture.height))
-        for i, line in enumerate(wrap(row.label, font, tile, LINES)):
-            pen.text((x, y + tile + GAP // 2 + i * LINE), line, PALE, font)
+        for i, line in enumerate(wrap(row.label, font, width, LINES)):
+            pen.text((left, y + tile + GAP // 2 + i * LINE), line, PALE, font)
     return sheet
 
 

@@ -1,4 +1,4 @@
-"""Writes image.parquet, the manifest of image.toml: 8 rendered scenes, each to be recoloured at 3 strengths.
+"""Writes image.parquet, the manifest of image.toml: 5 rendered scenes, each to be recoloured at 5 strengths.
 
 The pictures lie in the manifest itself, as PNG bytes, in the struct<bytes, path> that `datasets` uses.
 """
@@ -15,11 +15,11 @@ from PIL import Image
 from batchsd.training.captions import full_caption
 from batchsd.training.scenes import render, sample_reserved_scene
 
-NEW_COLOURS = ("green", "blue", "yellow", "red", "orange", "purple", "cyan", "pink")
-STRENGTHS = (0.4, 0.6, 0.8)
+NEW_COLOURS = {0: "green", 1: "blue", 2: "yellow", 5: "purple", 6: "cyan"}  # of the first body of that scene
+STRENGTHS = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 rows = []
-for i, colour in enumerate(NEW_COLOURS):
+for i, colour in NEW_COLOURS.items():
     scene = sample_reserved_scene(np.random.default_rng([20, i]))
     recoloured = replace(scene, bodies=(replace(scene.bodies[0], colour=colour), *scene.bodies[1:]))
     file = io.BytesIO()

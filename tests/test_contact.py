@@ -1,6 +1,7 @@
 """The contact sheet, measured on its own pixels: what stands where, and that it is the same each time."""
 
 import io
+import json
 
 import numpy as np
 import pyarrow as pa
@@ -9,8 +10,8 @@ import pytest
 from PIL import Image, ImageFont
 
 from batchsd import contact
-from batchsd.columns import IMAGE_TYPE, OURS
-from batchsd.contact import GAP, GRAY, LINE, MARGIN, wrap, write_contact_sheet
+from batchsd.columns import IMAGE_TYPE, MANIFEST, OURS
+from batchsd.contact import GAP, GRAY, LINE, MARGIN, SEAM, wrap, write_contact_sheet
 from batchsd.store import LocalStore
 from batchsd.types import UsageError
 
@@ -49,11 +50,11 @@ def row(number, failed=False, size=(64, 64)):
 def run(tmp_path):
     """Writes rows as a run of three shards with small row groups."""
 
-    def write(rows):
+    def write(rows, schema=SCHEMA):
         (tmp_path / "run" / "data").mkdir(parents=True)
         step = -(-len(rows) // 3)
         for start in range(0, len(rows), step):
-            table = pa.Table.from_pylist(rows[start : start + step], SCHEMA)
+            table = pa.Table.from_pylist(rows[start : start + step], schema)
             name = f"train-{start // step:05d}-of-00003.parquet"
             pq.write_table(table, tmp_path / "run" / "data" / name, row_group_size=4)
         return tmp_path / "run"
@@ -93,6 +94,36 @@ def test_the_label_is_drawn_below(run):
     x, y = corner(1, 192, 3)
     label = pixels[y + 192 + GAP // 2 : y + 192 + GAP // 2 + LINE, x : x + 192]
     assert (label < 128).any() and (label == 255).mean() > 0.8
+
+
+def test_inputs_stand_before_what_became_of_them(run):
+    """Kept as bytes or in a struct, under another name too; a path is no picture, and one may be damaged."""
+
+    def png(value):
+        file = io.BytesIO()
+        Image.new("RGB", (64, 64), value).save(file, "PNG")
+        return file.getvalue()
+
+    given = {"start": pa.binary(), "mask": IMAGE_TYPE, "depth": pa.string(), "strength": pa.float64()}
+    schema = pa.schema(
+        [*SCHEMA, *(pa.field(name, kind, metadata={MANIFEST: name}) for name, kind in given.items())],
+        {"batchsd": json.dumps({"job": {"input": {"columns": {"init_image": "start"}}}})},
+    )
+    rows = [
+        {**row(i), "start": png((9, 9, 200)), "mask": {"bytes": png("white")}, "depth": "a.png", "strength": 0.5}
+        for i in range(3)
+    ]
+    rows[1]["start"], rows[2]["mask"] = b"no picture", None
+    _, pixels = sheet(run(rows, schema))
+    for number in range(3):
+        left, y = MARGIN + number * (3 * 128 + 2 * SEAM + GAP), TOP
+        places = [left + k * (128 + SEAM) for k in range(3)]
+        start, mask, drawn = (pixels[y + 64 : y + 128, x : x + 128] for x in places)
+        assert (drawn == color(number)).all()
+        assert number == 1 or (start == (9, 9, 200)).all()
+        assert (mask == 255).all()
+    damaged = pixels[TOP + 64 : TOP + 128, MARGIN + 3 * 128 + 2 * SEAM + GAP :][:, :128]
+    assert (damaged == int(GRAY[1:3], 16)).any()
 
 
 def test_failed_row_is_a_gray_tile_with_words(run):

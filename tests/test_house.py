@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "status": "ledger lock marker progress store",
     "verify": "columns ledger marker store",
     "card": "columns ledger plan redact store",
-    "contact": "columns store",
+    "contact": "columns images store",
     "revise": "columns job ledger marker plan prepare published store",
     "doctor": "job model place preflight prepare store",
     "place": "cluster deadlines executor job preflight recipe",

@@ -42,14 +42,14 @@ CAT, NOTHING = [49406, 320, 1125, 539, 320, 2368, 49407], [49406, 49407]
 SEED, STEPS, GUIDANCE, SIDE = 7, 2, 5.0, 256
 
 
-def whole(case: str) -> Networks:
-    """SD1.5, SD2.1, ... with random weights."""
+def whole(case: str, in_channels: int | None = None) -> Networks:
+    """SD1.5, SD2.1, ... with random weights; `in_channels` instead of the case's."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
     family = case[:3]
-    shape: dict[str, Any] = {**(SD1 if family == "SD1" else SD2), "in_channels": CASES[case]}
+    shape: dict[str, Any] = {**(SD1 if family == "SD1" else SD2), "in_channels": in_channels or CASES[case]}
     if case == "SD2.1":
         shape |= {"upcast_attention": True, "sample_size": 96}
     unet = UNet2DConditionModel(**shape).eval()

@@ -102,7 +102,7 @@ Image.fromarray(np.linspace(0, 65535, 24 * 32).reshape(24, 32).astype(np.uint16)
 
 ROWS = {  # columns, status, a piece of the error
     "missing file": ({"init_image": "nowhere.png"}, "bad_image", "init_image: nowhere.png: no such file"),
-    "web": ({"init_image": "http://host/a.png"}, "bad_image", "not fetched from the web"),
+    "web": ({"init_image": "http://host/a.png"}, "bad_image", "input.allow_hosts = ['host']"),
     "truncated JPEG": ({"init_image": JPEG.getvalue()[:1500]}, "bad_image", "cannot be decoded"),
     "zero bytes": ({"init_image": b""}, "bad_image", "zero bytes"),
     "null": ({"init_image": None}, "bad_input", "init_image: null; task 'image' needs it"),
