@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import batchsd.cells
+from batchsd import object_store
 from batchsd.cells import Cells
 from batchsd.find import Disk
 from batchsd.types import RowError
@@ -72,6 +73,16 @@ def test_an_object_store_is_read_through_its_uri(folder: Path, monkeypatch: pyte
         assert asked == ["s3://in?region=eu&endpoint_override=x"], "a store is opened once"
     finally:
         batchsd.cells._store.cache_clear()
+
+
+def test_a_real_object_store(bucket: str, folder: Path) -> None:
+    """By its own URI, and beside a manifest that lies there; what is not there is the row's."""
+    object_store.client().put_object(Bucket=bucket, Key="pics/a b.png", Body=PNG)
+    assert read(folder, f"s3://{bucket}/pics/a b.png") == PNG
+    assert Cells(Disk(f"s3://{bucket}/pics"), f"{bucket}/pics").read("a b.png") == PNG
+    for missing in (f"s3://{bucket}/none.png", "s3://no-such-bucket-here/a.png"):
+        with pytest.raises(RowError, match="no such file"):
+            read(folder, missing)
 
 
 def test_paths_begin_where_the_manifest_lies(folder: Path) -> None:
