@@ -199,7 +199,7 @@ class RayActors:
             return
         reserve = {"num_cpus": self._reserve.cpus, "num_gpus": self._reserve.gpus}
         kind = self._kind.options(max_restarts=0, max_task_retries=0, **reserve)
-        seat.deadline = Deadline(self._patience)
+        seat.deadline = Deadline(Patience())  # while it loads its model: `run.timeout` is for batches
         seat.actor = kind.remote(self._build, self._reserve.threads)
         seat.stream = seat.actor.work.options(num_returns="streaming").remote()
 
@@ -247,7 +247,7 @@ class RayActors:
             seat.deadline.sign(long=True)
         elif isinstance(message, Ready):
             seat.ready = True
-            seat.deadline.rest()
+            seat.deadline = Deadline(self._patience)
         elif isinstance(message, Pulse):
             seat.deadline.sign()
         else:

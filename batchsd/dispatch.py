@@ -147,10 +147,11 @@ class Drive:
         wait = 0.0
         if loss.kind == "storage":
             wait = self._storage.failed(loss.cause)
-            self.log(f"the storage fails, trying again in {wait:g} s: {loss.cause}")
+            self.log(f"the storage fails, trying again in {wait:.0f} s: {loss.cause}")
+        if loss.kind == "node":
+            self.log(f"worker {worker}: {loss.cause}")
         if loss.kind in ("storage", "node"):
             self.suspects.ended(worker)
-            self.log(f"worker {worker}: {loss.cause}")
         elif trial is not None:
             self._lost_in_trial(worker, trial, loss)
         else:
