@@ -132,7 +132,6 @@ class Bucket:
 
 
 Place = Disk | Memory | Bucket
-EVERY = {"disk": 1, "memory": 1, "moto": 12}  # of a server only each twelfth step: a request there takes milliseconds
 
 
 def matrix(local: Sequence[str], server: Sequence[str]) -> pytest.MarkDecorator:
@@ -185,10 +184,8 @@ def markers(files: Files) -> Files:
     return {name: data for name, data in files.items() if re.fullmatch(r"__batchsd/ledger/\d+/\d.*json", name)}
 
 
-def kill_at_every_step(
-    place: Place, parts: Sequence[Prepared], before: Files, begin: Begin, every: int
-) -> int:
-    """Give the number of the last step at which the run was cut off."""
+def kill_at_every_step(place: Place, parts: Sequence[Prepared], before: Files, begin: Begin) -> int:
+    """Give the number of steps at which the run was cut off."""
     once = partial(run, parts, begin)
     place.restore(before)
     once()
@@ -209,40 +206,35 @@ def kill_at_every_step(
         assert orphans == [], f"step {step}"
         assert ended["__batchsd/SUCCESS.json"] == whole["__batchsd/SUCCESS.json"], f"step {step}"
         place.restore(before)
-        step += every
+        step += 1
     return step
 
 
 @pytest.fixture(params=["", pytest.param("wide", marks=pytest.mark.soak)])
 def shards(request: pytest.FixtureRequest) -> int:
-    """One shard has every kind of step; the wide matrix has three, and every step on the server too."""
+    """One shard has every kind of step."""
     return 3 if request.param else 1
 
 
-@pytest.fixture
-def every(request: pytest.FixtureRequest, shards: int) -> int:
-    return EVERY[request.node.callspec.params["place"]] if shards == 1 else 1
-
-
 @matrix(local=list(LAYOUTS), server=["parquet"])
-def test_a_commit(place: Place, job: Job, shards: int, every: int) -> None:
-    steps = kill_at_every_step(place, planned(job, shards, False), {}, begin_run, every)
+def test_a_commit(place: Place, job: Job, shards: int) -> None:
+    steps = kill_at_every_step(place, planned(job, shards, False), {}, begin_run)
     # the plan; for each shard its file in staging, its marker, its publish, its end; SUCCESS
     assert steps >= 2 + 4 * shards, "fewer steps than the protocol has"
 
 
-@matrix(local=list(LAYOUTS), server=["folder"])
-def test_a_revision(place: Place, job: Job, shards: int, every: int) -> None:
+@matrix(local=list(LAYOUTS), server=["parquet aside"])
+def test_a_revision(place: Place, job: Job, shards: int) -> None:
     run(planned(job, shards, False), begin_run)
     before = place.files()
-    steps = kill_at_every_step(place, planned(job, shards, True), before, begin_update, every)
+    steps = kill_at_every_step(place, planned(job, shards, True), before, begin_update)
     assert steps >= 2 + 4 * shards, "fewer steps than the protocol has"
 
 
 @matrix(local=["parquet aside"], server=[])
-def test_an_append(place: Place, job: Job, shards: int, every: int) -> None:
+def test_an_append(place: Place, job: Job, shards: int) -> None:
     run(planned(job, shards, False), begin_run)
     before = place.files()
-    steps = kill_at_every_step(place, planned(job, 2 * shards, False), before, begin_update, every)
+    steps = kill_at_every_step(place, planned(job, 2 * shards, False), before, begin_update)
     assert steps >= 2 + 4 * shards, "fewer steps than the protocol has"
     assert published(before).items() <= published(place.files()).items(), "what was there is touched"

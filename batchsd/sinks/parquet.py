@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -105,6 +106,7 @@ def open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     )
 
 
+@lru_cache(maxsize=8)
 def leaf_columns(schema: pa.Schema) -> tuple[list[str], list[str]]:
     """The Parquet paths (`image.bytes`, `tags.list.element`) of the picture columns, and of all others."""
     import pyarrow as pa
