@@ -83,7 +83,7 @@ class Ledger:
                 f"{self.store.uri} holds another run; what differs (there -> now):\n  "
                 + "\n  ".join(lines)
                 + "\nset the old values again to go on with it, or give another output.uri (--new names one); "
-                "--update takes up rows that were edited in place"
+                "--update takes up rows that were edited in place or appended"
             )
         return standing
 

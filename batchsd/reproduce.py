@@ -171,18 +171,20 @@ class Run:
         if not ours["row_hash"]:
             raise UsageError(f"{found.place} was refused ({ours['status']}: {ours['error']}): there is nothing to draw")
         hasher = row_hasher(found.plan.hard["checkpoint"], {k: found.plan.hard[k] for k in pixel_settings(self.job)})
-        fields = {name: ours[name] for name in RESOLVED}
+        # A size may have been left to the model or the init image: the output tells what came of it.
+        sizes = [{"height": h, "width": w} for h in (ours["height"], None) for w in (ours["width"], None)]
         for inputs in (self._recorded_inputs, self._manifest_inputs):
             try:
-                fields["inputs"] = inputs(found)
+                asked = {name: ours[name] for name in RESOLVED} | {"inputs": inputs(found)}
             except (RowError, UsageError):
                 continue
-            if hasher(fields) == ours["row_hash"]:
-                given = pa.Table.from_pylist([dict(found.row.travelled)])
-                return Request(key=found.place, index=0, columns=given, row_hash=ours["row_hash"], **fields)
+            for fields in (asked | size for size in sizes):
+                if hasher(fields) == ours["row_hash"]:
+                    given = pa.Table.from_pylist([dict(found.row.travelled)])
+                    return Request(key=found.place, index=0, columns=given, row_hash=ours["row_hash"], **fields)
         raise UsageError(
-            f"{found.place}: its input images are not in the output (output.keep_inputs puts them there), and its "
-            "manifest is gone or has other ones now: the row cannot be drawn as it was"
+            f"{found.place}: what it asked cannot be had again (its row_hash is another): its input images are not in "
+            "the output (output.keep_inputs puts them there), and its manifest is gone or has other ones now"
         )
 
     def _recorded_inputs(self, found: Found) -> dict[str, Any]:

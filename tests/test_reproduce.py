@@ -37,11 +37,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
         "task": [None, "image", None, None],
         "init_image": [None, "init.png", None, None],
         "strength": [None, 0.5, None, None],
+        "height": [None, None, 24, None],
     }
     pq.write_table(pa.table(table), folder / "prompts.parquet")
     text = (
         f'[input]\nmanifest = "prompts.parquet"\nrepeat = 2\n[model]\npath = "{checkpoint}"\n'
-        'device = "cpu"\n[sampler]\nsteps = 3\nheight = 16\nwidth = 16\n[output]\nrows_per_shard = 4\nuri = "parquet"\n'
+        'device = "cpu"\n[sampler]\nsteps = 3\n[output]\nrows_per_shard = 4\nuri = "parquet"\n'
         'columns = { prompt = "text" }\n[run]\nmax_failed = 9\n'
     )
     (folder / "job.toml").write_text(text)
@@ -64,7 +65,7 @@ def said(run: Path, *options: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("sink", SINKS)
-@pytest.mark.parametrize("wanted", ["two", "prompts.parquet:0"])
+@pytest.mark.parametrize("wanted", ["two", "prompts.parquet:0", "prompts.parquet:2"])
 def test_a_row_comes_again_as_it_was(runs: Path, sink: str, wanted: str) -> None:
     code, text = said(runs / sink, "--id", wanted, "--repeat", "1")
     assert code == 0, text
