@@ -55,6 +55,7 @@ manifest = "p.parquet"
 columns = { prompt = "caption" }
 prompt = "a {color} {shape}"
 repeat = 2
+allow_hosts = ["images.example.org"]
 [model]
 path = "./model"
 vae = "vae.safetensors"
@@ -65,7 +66,7 @@ tokenizer = "tok"
 ema = true
 dtype = "float32"
 device = "cpu"
-backend = "other"
+backend = "compile"
 [sampler]
 scheduler = "euler"
 steps = 7
@@ -86,6 +87,8 @@ resize = "pad"
 paste_back = true
 prompt_syntax = "a1111"
 long_prompts = "chunk"
+depth_convention = "stability"
+keep_depth = true
 [output]
 uri = "s3://bucket/run"
 sink = "folder"
@@ -104,10 +107,12 @@ deterministic = true
 deadline = "05:00"
 grace = 1.5
 scratch = "tmp"
+timeout = 9.5
 [ray]
 address = "local"
 workers = 2
 gpus_per_worker = 0.5
+wait = 30.0
 """
     Path("jobs/all.toml").write_text('plugins = ["./mine.py", "named"]\n' + text)
     loaded = load("jobs/all.toml", [], {}).resolved()
