@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchsd.columns import IMAGE_TYPE, MADE, RESOLVED, output_schema, picture_name, to_table, travelling
+from batchsd.columns import (
+    IMAGE_TYPE,
+    MADE,
+    RESOLVED,
+    output_schema,
+    picture_column,
+    picture_name,
+    to_table,
+    travelling,
+)
 from batchsd.job import Job, load
 from batchsd.types import Record, Request, RowError, UsageError
 
@@ -80,6 +89,17 @@ def test_renames(job, manifest, sets, expected):
     schema = output_schema(pa.schema([(name, pa.string()) for name in manifest]), job(*sets), FACTS)
     assert schema.names[: len(expected)] == expected
     assert len(set(schema.names)) == len(schema.names)
+
+
+def test_an_estimated_map_is_a_column_where_the_job_keeps_it(job):
+    manifest = pa.schema([("prompt", pa.string())])
+    assert "estimated_depth" not in output_schema(manifest, job(), FACTS).names
+    schema = output_schema(manifest, job("conditioning.keep_depth=true"), FACTS)
+    assert picture_column(schema) == "image" and schema.field("estimated_depth").type == IMAGE_TYPE
+    asked = request(pa.table({"prompt": ["a"]}))
+    rows = [Record(asked, "ok", image=b"png", made={"estimated_depth": b"map"}), Record(asked, "ok", image=b"png")]
+    found = to_table(rows, schema, NAME)["estimated_depth"].to_pylist()
+    assert found == [{"bytes": b"map", "path": "00042-000017.estimated_depth.png"}, None]
 
 
 @pytest.mark.parametrize(

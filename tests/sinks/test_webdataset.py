@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,6 +11,7 @@ import pytest
 from datasets import load_dataset
 from PIL import Image
 
+from batchsd.columns import picture_column
 from batchsd.sinks.aside import Aside
 from batchsd.sinks.webdataset import TarSink
 from batchsd.testing import check_sink, example_records, example_schema
@@ -52,6 +54,16 @@ def test_members_are_ustar_without_time_or_owner(tmp_path):
     assert "00000-000002.png" not in names  # failed: absent, not half there
     assert stamps == {(0, 0, 0, "", 0o644)}
     assert path.read_bytes()[257:263] == b"ustar\0"
+
+
+def test_a_map_that_was_made_on_the_way_stands_beside_the_picture(tmp_path):
+    """And the picture is still the one that is read back."""
+    (record,) = example_records(1)
+    path = write(tmp_path, [replace(record, made={"estimated_depth": b"map"})])
+    with tarfile.open(path) as file:
+        assert file.getnames()[:2] == ["00000-000000.estimated_depth.png", "00000-000000.png"]
+    ((_, row),) = TarSink().reread(lambda name: (tmp_path / name).open("rb"), NAME, example_schema(), True)
+    assert row[picture_column(example_schema())] == {"path": "00000-000000.png", "bytes": record.image}
 
 
 def test_webdataset_reads_it(tmp_path):
