@@ -34,6 +34,7 @@ def make_depth(folder: str) -> None:
     from batchsd.model.midas_names import CONFIG
 
     made, depth, to = whole("SD2-depth"), random_network(dict(CONFIG)), Path(folder)
+    made.unet.register_to_config(sample_size=64)  # else diffusers asks None whether it is below 64
     processor = DPTImageProcessorPil(size=384, resample=2, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False,
