@@ -39,7 +39,9 @@ class Lines(NamedTuple):
 
 def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on the device. A GPU gets it through pinned memory: this process does not wait for what it draws."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    if device.type == "cuda" and x.device.type == "cpu" and x.numel():
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def gather(
