@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
+from batchsd.scores import Filter, Score
 from batchsd.types import (
     Blend,
     Branch,
@@ -40,12 +41,14 @@ __all__ = [
     "Blend",
     "Branch",
     "Conditioning",
+    "Filter",
     "ModelFacts",
     "Progress",
     "Record",
     "Request",
     "RowError",
     "Scheduler",
+    "Score",
     "Shard",
     "ShardResult",
     "Sink",

@@ -19,6 +19,7 @@ from batchsd.job import Job
 from batchsd.job_errors import suggestion
 from batchsd.redact import redact
 from batchsd.types import Record, UsageError
+from batchsd.values import SCORE, value_of
 
 # Exactly this, nullable and in this order: anything else loads as plain dicts in `datasets`.
 IMAGE_TYPE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
@@ -45,6 +46,9 @@ MADE: dict[str, pa.DataType] = {
     "row_hash": pa.string(),
     "model": pa.string(),
     "batchsd": pa.string(),
+    "mean": pa.float64(),
+    "deviation": pa.float64(),
+    "dhash": pa.string(),
 }
 """What only the run can know."""
 
@@ -93,8 +97,9 @@ def travelling(manifest_schema: pa.Schema, job: Job) -> list[str]:
 def layout(manifest_schema: pa.Schema, job: Job) -> list[Column]:
     """The output's columns in order. Raises UsageError where a rename is unknown or two bear one name."""
     renames = job.output.columns
+    scores = job.output.scores
     made = MADE | {name: kind for name, (kind, wanted) in ON_REQUEST.items() if wanted(job)}
-    known = {*RESOLVED, *made, *INPUT_COLUMNS, *IMAGE_INPUTS, *job.input.columns, *manifest_schema.names}
+    known = {*RESOLVED, *made, *INPUT_COLUMNS, *IMAGE_INPUTS, *job.input.columns, *manifest_schema.names, *scores}
     for ours in renames:
         if ours not in known:
             raise UsageError(f"{job.where('output.columns')}: no column {ours!r}{suggestion(ours, known)}")
@@ -105,6 +110,7 @@ def layout(manifest_schema: pa.Schema, job: Job) -> list[Column]:
     for ours, kind in {**RESOLVED, **made}.items():
         if ours not in placed:
             columns.append(Column(renames.get(ours, ours), kind, ours=ours))
+    columns += [Column(renames.get(name, name), pa.float64(), ours=SCORE + name) for name in scores]
     _check_names_differ(columns, job)
     return columns
 
@@ -142,7 +148,7 @@ def _check_names_differ(columns: Sequence[Column], job: Job) -> None:
     if not twice:
         return
     name = twice[0].name
-    ours = next((column.ours for column in twice if column.name == name and column.ours), None)
+    ours = next((column.ours.removeprefix(SCORE) for column in twice if column.name == name and column.ours), None)
     if ours is None or name in job.output.columns.values():
         raise UsageError(
             f"{job.where('output.columns')}: two output columns would be called {name!r}; choose another name"
@@ -187,7 +193,7 @@ def to_table(records: Sequence[Record], schema: pa.Schema, name: str) -> pa.Tabl
         if column.ours is None:
             arrays.append(given.column(column.manifest).combine_chunks())
         else:
-            value = _VALUES[column.ours]
+            value = value_of(column.ours)
             arrays.append(pa.array([value(record, name, facts) for record in records], type=column.type))
     return pa.Table.from_arrays(arrays, schema=schema)
 
@@ -202,7 +208,7 @@ def row_json(record: Record, schema: pa.Schema, name: str) -> str:
         if column.ours is None:
             value = record.request.columns.column(column.manifest)[0].as_py()
         else:
-            value = _VALUES[column.ours](record, name, facts)
+            value = value_of(column.ours)(record, name, facts)
             if value is not None and not column.plain:
                 value = pa.scalar(value, type=column.type).as_py()  # as a table holds it
         row[column.name] = value
@@ -252,69 +258,9 @@ def json_value(value: Any) -> Any:
     return str(value)
 
 
-def picture_name(name: str, index: int, extension: str) -> str:
-    """A picture's bare file name, from its shard and row alone: `00042-000017.png`.
-
-    Never from the user's id, which is data and may hold any character.
-    """
-    _, number, _, _, *plan = name.split("-")
-    return f"{'-'.join([number, *plan, f'{index:06d}'])}.{extension}"
-
-
-def row_index(picture: str) -> int:
-    """The row that `picture_name` named: 17 of `00042-000017.png`."""
-    return int(picture.partition(".")[0].rpartition("-")[2])
-
-
 def picture_column(schema: pa.Schema) -> str:
     """The output's name of the picture that was drawn; kept inputs may be pictures too."""
     return next(field.name for field in schema if (field.metadata or {}).get(OURS) == b"image")
-
-
-def _picture(record: Record, name: str) -> dict[str, Any] | None:
-    if record.image is None:
-        return None
-    path = picture_name(name, record.request.index, record.extension)
-    return {"bytes": record.image, "path": path}
-
-
-def _beside(name: str) -> Callable[[Record, str, Mapping[str, Any]], Any]:
-    """A picture that was made on the way: `00042-000017.estimated_depth.png`."""
-
-    def picture(record: Record, shard: str, facts: Mapping[str, Any]) -> dict[str, Any] | None:
-        if name not in record.made:
-            return None
-        return {"bytes": record.made[name], "path": picture_name(shard, record.request.index, f"{name}.png")}
-
-    return picture
-
-
-def _asked(name: str) -> Callable[[Record, str, Mapping[str, Any]], Any]:
-    return lambda record, shard, facts: getattr(record.request, name)
-
-
-def _drawn(name: str) -> Callable[[Record, str, Mapping[str, Any]], Any]:
-    def size(record: Record, shard: str, facts: Mapping[str, Any]) -> int | None:
-        drawn = getattr(record, name)
-        return getattr(record.request, name) if drawn is None else drawn
-
-    return size
-
-
-_VALUES: Mapping[str, Callable[[Record, str, Mapping[str, Any]], Any]] = {
-    **{name: _asked(name) for name in RESOLVED},
-    **{name: _beside(name) for name in ON_REQUEST},
-    "height": _drawn("height"),
-    "width": _drawn("width"),
-    "image": lambda record, shard, facts: _picture(record, shard),
-    "status": lambda record, shard, facts: record.status,
-    # An exception's text may hold half a character (a file name that is not UTF-8).
-    "error": lambda record, shard, facts: record.error and record.error.encode("utf-8", "replace").decode(),
-    "tokens_cut": lambda record, shard, facts: record.tokens_cut,
-    "row_hash": lambda record, shard, facts: record.request.row_hash or None,
-    "model": lambda record, shard, facts: facts.get("model"),
-    "batchsd": lambda record, shard, facts: facts.get("version"),
-}
 
 
 def holds_bytes(kind: pa.DataType) -> bool:

@@ -33,6 +33,7 @@ from batchsd.meter import Meter
 from batchsd.model.checkpoint import Model
 from batchsd.network import Group, Network, out_of_memory, row_error
 from batchsd.pictures import Pictures
+from batchsd.scores import Verdict, Verdicts
 from batchsd.types import Conditioning, Record, Request, RowError, Shard, Task, UsageError
 
 _TEXTS_KEPT = 512  # 77 x 1024 numbers each: at most 160 MB in float32
@@ -77,9 +78,11 @@ class Engine:
         encode: Callable[[np.ndarray], tuple[bytes, str]],
         settings: Settings = Settings(),  # noqa: B008 (frozen)
         prompts: Prompts | None = None,
+        judge: Verdicts | None = None,
     ) -> None:
         self.model = model
         self.prompts = prompts  # instead of the model's own reading of a prompt: weights, chunks
+        self.judge = judge  # the job's scores and filters
         self.schedulers = schedulers
         self.tasks = tasks
         self.encode = encode
@@ -214,6 +217,14 @@ class Engine:
             pictures_B3HW = self.model.decode(latents_BCHW)
             pixels = (pictures_B3HW.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
             return pixels, torch.isfinite(latents_BCHW).flatten(1).all(1).cpu().numpy()
+
+
+    def judged(self, requests: Sequence[Request], pictures: Sequence[np.ndarray]) -> Sequence[Verdict]:
+        """What the job's scores and filters say of finished pictures, all of one size."""
+        if self.judge is None or not pictures:
+            return [Verdict()] * len(pictures)
+        with self.meter.stage("scores"):
+            return self.judge(requests, pictures)
 
 
 def within(conditioning: Conditioning, interval: Sequence[float]) -> Conditioning:

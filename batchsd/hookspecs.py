@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pluggy
 
+from batchsd.scores import Filter, Score
 from batchsd.types import Progress, Shard, ShardResult, Sink, Task
 
 if TYPE_CHECKING:
@@ -33,6 +34,16 @@ def register_tasks() -> Mapping[str, Task]:  # type: ignore[empty-body]
 @hookspec
 def register_sinks() -> Mapping[str, Sink]:  # type: ignore[empty-body]
     """Output layouts under the names that a job's `output.sink` may say."""
+
+
+@hookspec
+def register_scores() -> Mapping[str, Score]:  # type: ignore[empty-body]
+    """Numbers about finished pictures, under the names that a job's `output.scores` may say; a column each."""
+
+
+@hookspec
+def register_filters() -> Mapping[str, Filter]:  # type: ignore[empty-body]
+    """What a picture must pass, under the names that a job's `output.filters` may say."""
 
 
 @hookspec

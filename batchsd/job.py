@@ -44,6 +44,9 @@ class Job(BaseSettings):
     run: Run = Run()
     ray: Ray = Ray()
     plugins: Texts = Field(default=(), description="names, modules or ./files")
+    plugin: dict[str, dict[str, Any]] = Field(
+        default={}, description="settings of each plugin, [plugin.<name>]; a path begins with ./, ../, ~/ or /"
+    )
 
     _origins: Mapping[Key, str] = PrivateAttr(default_factory=dict)
 

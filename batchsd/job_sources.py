@@ -25,6 +25,7 @@ MODELS: frozenset[Key] = frozenset(
     ("model", name) for name in ("path", "vae", "loras", "embeddings", "tokenizer")
 )
 PLUGINS: Key = ("plugins",)
+PLUGIN = "plugin"  # the section of plugins' settings
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -102,6 +103,8 @@ def _leaves(table: Mapping[str, Any], above: Key = ()) -> Iterator[tuple[Key, An
 
 def _anchored(key: Key, value: Any, folder: Path) -> Any:
     """The value with relative paths made absolute from `folder`; URIs, shipped and hub names stay."""
+    if key[0] == PLUGIN:
+        return _anchored_setting(value, folder)
     if isinstance(value, list) and key in MODELS | {PLUGINS}:
         return [_anchored(key, item, folder) for item in value]
     if not isinstance(value, str) or not value or "://" in value:
@@ -115,6 +118,15 @@ def _anchored(key: Key, value: Any, folder: Path) -> Any:
         shipped = key == ("model", "path") and "/" not in value
         hub = HUB_NAME.fullmatch(value) and not os.path.exists(path)
         return value if shipped or hub else path
+    return value
+
+
+def _anchored_setting(value: Any, folder: Path) -> Any:
+    """A plugin's setting: which ones are paths only its plugin knows, so that a path must look like one."""
+    if isinstance(value, list):
+        return [_anchored_setting(item, folder) for item in value]
+    if isinstance(value, str) and value.startswith(("./", "../", "~/")) and "\0" not in value:
+        return os.path.abspath(folder / os.path.expanduser(value))
     return value
 
 

@@ -8,25 +8,32 @@ Bounded in bytes: where more pictures than `MOST_BYTES` are on their way, the ne
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from batchsd.beside import Start
+from batchsd.figures import figures
 from batchsd.lanes import Row
 from batchsd.meter import Meter
 from batchsd.network import out_of_memory, row_error
+from batchsd.scores import Verdict
 from batchsd.types import Record, Request, RowError, Shard
 
 MOST_BYTES = 256 * 2**20  # of pictures from the moment their latents go to the VAE until they are files
 
 Drawn = tuple[np.ndarray, bool] | RowError
 """A picture (H, W, 3) and whether its latents were finite; or why there is none."""
+
+Judged = tuple[np.ndarray, Verdict] | RowError
+"""A picture (H, W, 3), and what the job's scores and filters say of it; or why there is none."""
+
+NOT_FINITE = "the network gave numbers that are not finite; try another seed, or model.dtype float32"
 
 
 class Stages(Protocol):
@@ -38,20 +45,22 @@ class Stages(Protocol):
 
     def decode(self, latents_BCHW: Tensor) -> tuple[np.ndarray, np.ndarray]: ...
 
+    def judged(self, requests: Sequence[Request], pictures: Sequence[np.ndarray]) -> Sequence[Verdict]: ...
+
 
 @dataclass(eq=False)
 class Batch:
     """Rows whose latents are with the VAE, and the bytes that their pictures take."""
 
     rows: list[Row]
-    drawn: Future[list[Drawn]]
+    drawn: Future[list[Judged]]
     bytes: int
 
 
 class Pictures:
     """`take` latents, `decode` what is due, `finished` gives records in about the order in which they came."""
 
-    def __init__(self, engine: Stages, encoders: ThreadPoolExecutor, decoder: Start[list[Drawn]], scale: int) -> None:
+    def __init__(self, engine: Stages, encoders: ThreadPoolExecutor, decoder: Start[list[Judged]], scale: int) -> None:
         self.engine = engine
         self.encoders = encoders
         self.decoder = decoder
@@ -90,8 +99,26 @@ class Pictures:
         del pairs[: len(batch)]
         size = sum(3 * row.size[1] * row.size[2] * self.scale**2 for row, _ in batch)
         self.bytes += size
-        latents = [latents for _, latents in batch]
-        self.batches.append(Batch([row for row, _ in batch], self.decoder(lambda: self._drawn(latents)), size))
+        rows, latents = [row for row, _ in batch], [latents for _, latents in batch]
+        self.batches.append(Batch(rows, self.decoder(lambda: self._judged(rows, self._drawn(latents))), size))
+
+    def _judged(self, rows: Sequence[Row], drawn: Sequence[Drawn]) -> list[Judged]:
+        """The finished pictures, and what the job's plugins say of them; beside the network too."""
+        found: list[Judged] = []
+        good: list[tuple[int, np.ndarray]] = []
+        for i, (row, result) in enumerate(zip(rows, drawn, strict=True)):
+            if isinstance(result, RowError):
+                found.append(result)
+                continue
+            picture, finite = result
+            found.append(RowError("nan", NOT_FINITE))  # a finite one's place, until it is judged
+            if finite:
+                kept = row.conditioning.kept
+                good.append((i, picture if kept is None else kept.into(picture)))
+        verdicts = self.engine.judged([rows[i].request for i, _ in good], [picture for _, picture in good])
+        for (i, picture), verdict in zip(good, verdicts, strict=True):
+            found[i] = (picture, verdict)
+        return found
 
     def _drawn(self, latents: list[Tensor]) -> list[Drawn]:
         """The VAE's work, beside the network; what does not fit is halved."""
@@ -137,24 +164,23 @@ class Pictures:
                 self.bytes -= size
                 self.fail(row.shard, row.request, result)
                 continue
-            picture, finite = result
-            if row.conditioning.kept is not None:
-                picture = row.conditioning.kept.into(picture)
-            self.done.append((row.shard, size, self.encoders.submit(self._made, row, picture, finite)))
+            picture, verdict = result
+            self.done.append((row.shard, size, self.encoders.submit(self._made, row, picture, verdict)))
 
-    def _made(self, row: Row, picture_HW3: np.ndarray, finite: bool) -> Record:
+    def _made(self, row: Row, picture_HW3: np.ndarray, verdict: Verdict) -> Record:
         """Runs in an encoder thread."""
-        return replace(self._record(row.request, picture_HW3, finite), made=row.conditioning.made)
+        return replace(self._record(row.request, picture_HW3, verdict), made=row.conditioning.made)
 
-    def _record(self, request: Request, picture_HW3: np.ndarray, finite: bool) -> Record:
+    def _record(self, request: Request, picture_HW3: np.ndarray, verdict: Verdict) -> Record:
         height, width = picture_HW3.shape[:2]
-        if not finite:
-            message = "the network gave numbers that are not finite; try another seed, or model.dtype float32"
-            return Record(request, "nan", message)
+        known: dict[str, Any] = {"height": height, "width": width}
+        known |= {"figures": figures(picture_HW3), "scores": verdict.scores}
         if picture_HW3.min() == picture_HW3.max():
-            return Record(request, "flat", "every pixel of the picture has one value", height=height, width=width)
+            return Record(request, "flat", "every pixel of the picture has one value", **known)
+        if not verdict.keeps_picture:
+            return Record(request, verdict.status, verdict.reason, **known)
         try:
             content, extension = self.engine.encode(picture_HW3)
         except Exception as error:
             return Record(request, "error", f"encoding: {type(error).__name__}: {error}")
-        return Record(request, "ok", None, content, extension, height, width)
+        return Record(request, verdict.status, verdict.reason, content, extension, **known)

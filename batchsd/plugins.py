@@ -8,9 +8,12 @@ manager does not. The built-ins come through the same hooks. Nothing that the jo
 
 from __future__ import annotations
 
+import re
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import MappingProxyType
@@ -19,9 +22,12 @@ from typing import Any
 import pluggy
 
 from batchsd import __version__, hookspecs
+from batchsd.filters import NAME
 from batchsd.plugin_source import GROUP, Source, cause, find, from_entry_point, load, recheck
-from batchsd.types import Sink, Task, UsageError
+from batchsd.scores import Filter, Score, Viewer
+from batchsd.types import Progress, Shard, ShardResult, Sink, Task, UsageError
 
+NAMES = re.compile(NAME, re.ASCII)
 BUILTIN = Source("batchsd", "built-in", "batchsd.defaults", __version__)
 WATCHERS = ("shard_started", "batch_done", "shard_done")
 
@@ -32,21 +38,50 @@ BETAS = (0.00085, 0.012)  # Stable Diffusion's first and last: a forward process
 class Registry:
     """All that the loaded plugins brought.
 
-    `owners[kind, name]` is the plugin that registered a thing (kind: `scheduler`, `task`, `sink`); `sources`
-    are the plugins themselves, for the run's record. Watchers are called through `hook`:
+    `owners[kind, name]` is the plugin that registered a thing (kind: `scheduler`, `task`, `sink`, `score` or
+    `filter`); `sources` are the plugins themselves, for the run's record. Watchers are called through `hook`:
     `registry.hook.shard_started(shard=shard)`.
     """
 
     schedulers: Mapping[str, Any]
     tasks: Mapping[str, Task]
     sinks: Mapping[str, Sink]
+    scores: Mapping[str, Score]
+    filters: Mapping[str, Filter]
     owners: Mapping[tuple[str, str], str]
     sources: tuple[Source, ...]
     manager: pluggy.PluginManager
 
     @property
-    def hook(self) -> Any:
-        return self.manager.hook
+    def hook(self) -> Watchers:
+        return Watchers(self.manager)
+
+
+@dataclass(frozen=True, slots=True)
+class Watchers:
+    """The plugins' watching hooks. One that raises ends the job: what it watches is not its to change."""
+
+    manager: pluggy.PluginManager
+
+    def shard_started(self, shard: Shard) -> None:
+        self._call("shard_started", shard=shard)
+
+    def batch_done(self, progress: Progress) -> None:
+        self._call("batch_done", progress=progress)
+
+    def shard_done(self, shard: Shard, result: ShardResult) -> None:
+        self._call("shard_done", shard=shard, result=result)
+
+    def _call(self, hook: str, **told: Any) -> None:
+        caller = getattr(self.manager.hook, hook)
+        try:
+            caller(**told)
+        except Exception as error:
+            code = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
+            guilty = [impl.plugin_name for impl in caller.get_hookimpls() if impl.function.__code__ in code]
+            who = repr(guilty[0]) if guilty else "(one of several)"
+            said = f"plugin {who}: {hook} failed: {cause(error)}; mend it, or take the plugin out"
+            raise UsageError(said) from error
 
 
 def build(names: Sequence[str | Source], base: Path) -> Registry:
@@ -73,6 +108,8 @@ def build(names: Sequence[str | Source], base: Path) -> Registry:
         schedulers=schedulers,
         tasks=_collect(manager, "task", _task_fault, owners),
         sinks=_collect(manager, "sink", _sink_fault, owners),
+        scores=_collect(manager, "score", partial(_viewer_fault, Score), owners),
+        filters=_collect(manager, "filter", partial(_viewer_fault, Filter), owners),
         owners=MappingProxyType(owners),
         sources=sources,
         manager=manager,
@@ -106,7 +143,7 @@ def describe(names: Sequence[str], base: Path) -> list[dict[str, str]]:
         thing = getattr(registry, f"{kind}s")[name]
         rows.append(_row(name, kind, _python_name(thing), sources[owner]))
     for hook in WATCHERS:
-        for impl in getattr(registry.hook, hook).get_hookimpls():
+        for impl in getattr(registry.manager.hook, hook).get_hookimpls():
             rows.append(_row(hook, "watcher", _python_name(impl.function), sources[impl.plugin_name]))
     for entry in sorted(entry_points(group=GROUP)):
         if entry.name not in sources:
@@ -218,4 +255,19 @@ def _sink_fault(name: str, thing: object) -> str | None:
         return f"is the class {thing.__name__}; register an instance of it"
     if not isinstance(thing, Sink) or not callable(thing.open):
         return f"({type(thing).__name__}) is not a sink: it needs `open(folder, name, schema)`"
+    return None
+
+
+def _viewer_fault(kind: type[Viewer], name: str, thing: object) -> str | None:
+    if not isinstance(thing, kind):
+        wanted = f"batchsd.{kind.__name__}"
+        return f"is {type(thing).__name__}, not a {wanted}; a function is wrapped: {wanted}.of(function)"
+    if not callable(thing.load):
+        return f"has a load that is {type(thing.load).__name__}, not a function of (settings, device)"
+    if not NAMES.fullmatch(name):
+        return "is no name for a column: a letter, then letters, digits, _ and -"
+    if twice := set(thing.files) & set(thing.options):
+        return f"has {sorted(twice)[0]!r} both in files and in options"
+    if not isinstance(thing.files, tuple):
+        return "must give `files` as a tuple of the names of settings"
     return None

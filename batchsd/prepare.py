@@ -14,6 +14,7 @@ from typing import Any
 from batchsd import __version__, plugins
 from batchsd.columns import output_schema
 from batchsd.job import Job, check_names, model_extras, model_options, model_path, pixel_settings
+from batchsd.judging import chosen
 from batchsd.ledger import Ledger, ledgers
 from batchsd.manifest import MAX_SHARDS, Manifest, divide, open_manifest
 from batchsd.model.fingerprint import checkpoint_hash
@@ -114,6 +115,10 @@ class Draft:
             "model.dtype": dtype,
             "output.embed": list(job.output.embed),
             "output.failed": job.output.failed,
+            "output.scores": list(job.output.scores),
+            "output.filters": list(job.output.filters),
+            "output.rejected": job.output.rejected,
+            **chosen(job, registry).facts(),
             **pinned_facts(job, gpu),
             **{f"plugin {source.name}": source.sha256 or source.version for source in packed},
         }
@@ -190,6 +195,7 @@ def check_registered(job: Job, registry: Registry) -> None:
     check_names(job, "sampler.scheduler", names.schedulers)
     check_names(job, "conditioning.task", names.tasks)
     check_names(job, "output.sink", registry.sinks)
+    chosen(job, registry)
 
 
 def auto_rows(rows: int, repeat: int, files: int, workers: int) -> int:

@@ -66,9 +66,11 @@ def line(at: Snapshot) -> str:
 
 def failures(failed: Mapping[str, int]) -> str:
     """`0 failed`, or `3 failed (2 oom, 1 nan)`."""
-    total = sum(failed.values())
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(failed.items()) if count)
-    return f"{total:,} failed ({kinds})" if total else "0 failed"
+    rejected = failed.get("rejected", 0)
+    total = sum(failed.values()) - rejected
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(failed.items()) if count and kind != "rejected")
+    said = f"{total:,} failed ({kinds})" if total else "0 failed"
+    return f"{said}, {rejected:,} rejected" if rejected else said
 
 
 def duration(seconds: float) -> str:

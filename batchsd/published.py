@@ -14,6 +14,7 @@ from batchsd.columns import MANIFEST, ON_REQUEST, OURS
 from batchsd.ledger import place_of
 from batchsd.store import Store
 from batchsd.types import Record, Request, Shard, Sink
+from batchsd.values import remembered
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -45,18 +46,19 @@ class Row:
     travelled: Mapping[str, Any]
 
     def fits(self, request: Request) -> bool:
-        """Whether it is what `request` asks for, drawn well."""
-        wanted = request.row_hash
-        return self.ours["status"] == "ok" and request.error is None and self.ours["row_hash"] == wanted != ""
+        """Whether it is what `request` asks for: drawn well, or drawn and rejected by filters that are the plan's."""
+        wanted, drawn = request.row_hash, self.ours["status"] in ("ok", "rejected")
+        return drawn and request.error is None and self.ours["row_hash"] == wanted != ""
 
     def record(self, request: Request) -> Record:
         """The same picture, for a row that asks for the same pixels."""
-        image, ours = self.ours["image"], self.ours
+        ours = self.ours
+        image = ours["image"] or {"bytes": None, "path": "x.png"}
         _, _, extension = image["path"].rpartition(".")
         made = {name: ours[name]["bytes"] for name in ON_REQUEST if ours.get(name)}
         size = {"height": ours["height"], "width": ours["width"]}
-        rest = {"made": made, "tokens_cut": ours["tokens_cut"], **size}
-        return Record(request, "ok", image=image["bytes"], extension=extension, **rest)
+        found = {"image": image["bytes"], "extension": extension, "made": made, "tokens_cut": ours["tokens_cut"]}
+        return Record(request, ours["status"], ours.get("error"), **found, **size, **remembered(ours))
 
 
 def reread(store: Store, sink: Sink, shard: Shard, schema: pa.Schema, pictures: bool) -> Iterator[Row]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from batchsd import __version__, plugins
 from batchsd.bench import Workbench
 from batchsd.job import Job, model_extras, model_options, model_path, pixel_settings
+from batchsd.judging import chosen, judging
 from batchsd.manifest import Manifest
 from batchsd.model.fingerprint import checkpoint_hash
 from batchsd.pinned import FIXED_THREADS, lanes_of
@@ -51,7 +52,7 @@ class Recipe:
         from batchsd.encode import encoder
         from batchsd.engine import Engine
         from batchsd.model.checkpoint import load
-        from batchsd.network import repeatable
+        from batchsd.network import out_of_memory, repeatable
 
         job = self.job
         if job.run.deterministic:
@@ -70,6 +71,7 @@ class Recipe:
             encode=encoder(job.output.image.options()),
             settings=engine_settings(job),
             prompts=prompts_for(model, job.conditioning.prompt_syntax, job.conditioning.long_prompts),
+            judge=judging(chosen(job, registry), str(model.device), out_of_memory),
         )
         return Workbench(
             generate=engine.generate,

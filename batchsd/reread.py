@@ -15,11 +15,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchsd.columns import MANIFEST, ON_REQUEST, OURS, picture_column, row_index
+from batchsd.columns import MANIFEST, ON_REQUEST, OURS, picture_column
 from batchsd.ledger import Ledger, ledgers, place_of
 from batchsd.plan import Plan
 from batchsd.store import Store, open_store
 from batchsd.types import Record, Request, UsageError
+from batchsd.values import remembered, row_index
 
 BATCH = 100  # rows: one row group
 
@@ -122,8 +123,8 @@ def _record(row: pa.Table, index: int, shard: str) -> Record:
     extension = cell["path"].rpartition(".")[2]
     size = value["height"], value["width"]
     made = {name: value[name]["bytes"] for name in ON_REQUEST if value.get(name)}
-    cut = value["tokens_cut"]
-    return Record(request, value["status"], value["error"], cell["bytes"], extension, *size, made, cut)
+    beside = {"made": made, "tokens_cut": value["tokens_cut"], **remembered(value)}
+    return Record(request, value["status"], value["error"], cell["bytes"], extension, *size, **beside)
 
 
 _ASKED = (

@@ -81,7 +81,8 @@ def begin_retry(parts: Sequence[Prepared]) -> list[Beginning]:
     """Draw again what failed; files and rows that the manifest got since stay for the next run."""
     begun = begin_run([part for part in parts if part.ledger.plan() is not None])
     for i, beginning in enumerate(begun):
-        failed = {marker.shard for marker in beginning.prepared.ledger.markers() if marker.failed}
+        markers = beginning.prepared.ledger.markers()
+        failed = {marker.shard for marker in markers if set(marker.failed) - {"rejected"}}
         if failed:
             begun[i] = _without(beginning.prepared, failed | set(beginning.revisions))
     return begun

@@ -160,6 +160,13 @@ class Output(Section):
         default=("parameters", "row", "xmp"), description="what a picture file says of itself; [] is nothing"
     )
     keep_inputs: bool = False
+    scores: Texts = Field(default=(), description="columns of numbers that plugins give each picture")
+    filters: Texts = Field(
+        default=(), description="what a picture must pass, in this order: a filter's name, or 'score > number'"
+    )
+    rejected: Literal["drop", "keep"] = Field(
+        default="drop", description="the picture of a row that a filter rejects: null, or there as drawn"
+    )
 
 
 class Run(Section):

@@ -73,9 +73,10 @@ class Stop:
 
 
 def check_failed(tally: Tally, max_failed: float) -> None:
-    failed = tally.failed.total()
+    kinds_failed = {kind: count for kind, count in tally.failed.items() if kind != "rejected"}  # it was drawn
+    failed = sum(kinds_failed.values())
     if failed > max_failed:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(tally.failed.items()))
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds_failed.items()))
         raise TooManyFailed(
             f"{failed} rows failed ({kinds}), run.max_failed allows {max_failed:g}; finished shards are kept "
             "(batchsd run with a higher run.max_failed goes on)"

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from batchsd.figures import Figures
+
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
@@ -173,8 +175,7 @@ class Record:
     """One finished output row: an encoded picture, or None with the reason.
 
     `image` holds file bytes; `extension` is `png`, `jpg` or `webp`; `height` and `width` are the pixels drawn;
-    `made` are the PNG files of columns that the job asked for; `tokens_cut` counts the prompt's tokens that the
-    network did not see.
+    `made` are PNG files of columns that the job asked for; `tokens_cut` counts tokens that the network did not see.
     """
 
     request: Request
@@ -186,6 +187,8 @@ class Record:
     width: int | None = None
     made: Mapping[str, bytes] = field(default_factory=dict)
     tokens_cut: int | None = None
+    figures: Figures = field(default_factory=Figures)
+    scores: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

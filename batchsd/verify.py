@@ -84,8 +84,9 @@ def _verify_plan(
             seen.rows, seen.pictures = seen.rows + one.rows, seen.pictures + one.pictures
             for fault in one.faults:
                 found(fault)
-        if seen.pictures != marker.ok:
-            found(f"{name}: {seen.pictures} pictures are whole, its marker says {marker.ok}")
+        kept = marker.failed.get("rejected", 0) if plan.hard.get("output.rejected") == "keep" else 0
+        if seen.pictures != marker.ok + kept:
+            found(f"{name}: {seen.pictures} pictures are whole, its marker says {marker.ok + kept}")
         if plan.sink in BUILT_IN and seen.rows != marker.rows:
             found(f"{name}: its files hold {seen.rows} rows, its marker says {marker.rows}")
         named |= {place_of(file.name) for file in marker.files}

@@ -16,12 +16,12 @@ from batchsd.columns import (
     RESOLVED,
     output_schema,
     picture_column,
-    picture_name,
     to_table,
     travelling,
 )
 from batchsd.job import Job, load
 from batchsd.types import Record, Request, RowError, UsageError
+from batchsd.values import picture_name
 
 NAME = "train-00042-of-00391"
 FACTS = {"model": "tiny", "version": "1.2", "plan": "abc"}
@@ -57,7 +57,8 @@ def test_the_manifests_columns_come_first_then_what_was_used_then_what_was_made(
         ("repeat_index", pa.int32()),
         ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
         ("status", pa.string()), ("error", pa.string()), ("tokens_cut", pa.int32()), ("row_hash", pa.string()),
-        ("model", pa.string()), ("batchsd", pa.string()),
+        ("model", pa.string()), ("batchsd", pa.string()), ("mean", pa.float64()),
+        ("deviation", pa.float64()), ("dhash", pa.string()),
     ]  # fmt: skip
     assert all(field.nullable for field in schema)
 
@@ -145,7 +146,9 @@ def test_rows_hold_what_was_used_and_failed_rows_no_picture(job):
     manifest = pa.schema([("note", pa.list_(pa.int64())), ("prompt", pa.string()), ("steps", pa.float64())])
     rows = pa.table({"note": [[1], None], "prompt": ["given", None], "steps": [7.0, 2.5]}, schema=manifest)
     schema = output_schema(manifest, job("output.columns.prompt=text"), FACTS)
-    good = Record(request(rows.slice(0, 1), prompt="used", steps=7), "ok", None, b"png", "png", 64, 96, tokens_cut=3)
+    figures = {"mean": 0.5, "dhash": "0f" * 8}
+    used = request(rows.slice(0, 1), prompt="used", steps=7)
+    good = Record(used, "ok", None, b"png", "png", 64, 96, figures=figures, tokens_cut=3)
     error = RowError("bad_input", "both")
     bad = request(
         rows.slice(1, 1), index=18, prompt=None, steps=None, seed=None, row_hash="", error=error, height=72
@@ -160,9 +163,10 @@ def test_rows_hold_what_was_used_and_failed_rows_no_picture(job):
     assert table.to_pylist() == [
         {**common, "note": [1], "text": "used", "steps": 7, "seed": 2**32 - 1, "height": 64, "width": 96,
          "image": {"bytes": b"png", "path": "00042-000017.png"}, "status": "ok", "error": None,
-         "tokens_cut": 3, "row_hash": "ff"},
+         "tokens_cut": 3, "row_hash": "ff", "mean": 0.5, "deviation": None, "dhash": "0f" * 8},
         {**common, "note": None, "text": None, "steps": None, "seed": None, "height": 72, "width": None,
-         "image": None, "status": "bad_input", "error": "both ?", "tokens_cut": None, "row_hash": None},
+         "image": None, "status": "bad_input", "error": "both ?", "tokens_cut": None, "row_hash": None,
+         "mean": None, "deviation": None, "dhash": None},
     ]  # fmt: skip
 
 

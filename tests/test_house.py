@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "starter": "",
     "estimate": "bench diffusion plugins prepare progress",
     "export": "card ledger marker reread store writer",
-    "reread": "columns ledger plan store",
+    "reread": "columns ledger plan store values",
     "summary": "card contact ledger marker prepare progress revise stop",
     "status": "ledger lock marker progress store",
     "verify": "columns ledger marker store",
@@ -49,20 +49,21 @@ MAY_IMPORT = {
     "poison": "",
     "deadlines": "",
     "stop": "marker",
-    "prepare": "columns job ledger manifest model pinned plan plugins reader recipe retrying store unbuilt",
-    "recipe": "bench diffusion encode engine job manifest model network pinned plugin_source plugins prompts "
+    "prepare": "columns job judging ledger manifest model pinned plan plugins reader recipe retrying store unbuilt",
+    "recipe": "bench diffusion encode engine job judging manifest model network pinned plugin_source plugins prompts "
     "provenance reader rows sinks store",
+    "judging": "figures filters job job_errors model plugin_source plugins scores",
     # the trainer, which draws with what it has trained
     "training": "diffusion engine images model tasks",
     # the worker
     "run": "bench published writer",
     "writer": "bench ledger order scratch",
     "bench": "store",
-    "published": "columns ledger store",
+    "published": "columns ledger store values",
     "provenance": "columns",
-    "engine": "backends batch_size beside diffusion flow intake lanes meter model network pictures",
+    "engine": "backends batch_size beside diffusion flow intake lanes meter model network pictures scores",
     "flow": "intake lanes meter network pictures",
-    "pictures": "beside lanes meter network",
+    "pictures": "beside figures lanes meter network scores",
     "beside": "",
     "batch_size": "model",
     "lanes": "diffusion network",
@@ -74,11 +75,12 @@ MAY_IMPORT = {
     # plugins
     "testing": "columns diffusion encode job",
     "defaults": "diffusion sinks tasks",
-    "plugins": "diffusion hookspecs plugin_source",
+    "plugins": "diffusion filters hookspecs plugin_source scores",
     "plugin_source": "",
-    "hookspecs": "diffusion",
+    "hookspecs": "diffusion scores",
+    "filters": "",
     "tasks": "images settings",
-    "sinks": "columns",
+    "sinks": "columns values",
     # input, output and the ledger
     "reader": "ahead cells columns find images job manifest rows web",
     "manifest": "columns find job job_errors plan rows",
@@ -87,7 +89,8 @@ MAY_IMPORT = {
     "images": "",
     "web": "redact",
     "ahead": "",
-    "columns": "job job_errors redact",
+    "columns": "job job_errors redact values",
+    "values": "",
     "find": "redact",
     "lock": "store",
     "ledger": "marker plan store",
@@ -113,8 +116,10 @@ MAY_IMPORT = {
     "model": "",
     "diffusion": "",
     # the vocabulary
-    "__init__": "diffusion",
-    "types": "",
+    "__init__": "diffusion scores",
+    "scores": "",
+    "types": "figures",
+    "figures": "",
 }
 
 # What comes from outside, and the rooms that may import it at all (strict where a room is its one door).

@@ -20,6 +20,7 @@ from batchsd.diffusion.builtin import BUILTIN
 from batchsd.engine import Engine, Settings
 from batchsd.meter import Meter
 from batchsd.model.checkpoint import load
+from batchsd.scores import Verdict
 from batchsd.tasks.text import TextTask
 from batchsd.types import Request
 
@@ -45,7 +46,10 @@ def test_slow_encoders_hold_the_network_back(
         return np.arange(len(z) * A_PICTURE, dtype=np.uint8).reshape(-1, 32, 32, 3), np.ones(len(z), bool)
 
     monkeypatch.setattr(pictures, "MOST_BYTES", bound * A_PICTURE)
-    engine: Any = SimpleNamespace(meter=Meter(), decode_batch=2, encode=slow, decode=decode)
+    def judged(requests: list, drawn: list) -> list[Verdict]:
+        return [Verdict()] * len(drawn)
+
+    engine: Any = SimpleNamespace(meter=Meter(), decode_batch=2, encode=slow, decode=decode, judged=judged)
     given: Any = SimpleNamespace(kept=None, made={})
     seen, done = [], []
     decoding = beside(torch.device("cpu")) if where == "beside" else at_once()

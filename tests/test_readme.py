@@ -70,9 +70,11 @@ def test_example_jobs_load(text: str, tmp_path: Path) -> None:
 def test_the_example_plugin_works(tmp_path: Path) -> None:
     from batchsd import plugins
 
-    (source,) = (block for block in blocks("python") if "@hookimpl" in block)
-    (tmp_path / "mine.py").write_text(source)
-    registry = plugins.build(["./mine.py"], tmp_path)
+    texts = [block for block in blocks("python") if "@hookimpl" in block]
+    for i, text in enumerate(texts):
+        (tmp_path / f"mine{i}.py").write_text(text)
+    registry = plugins.build([f"./mine{i}.py" for i in range(len(texts))], tmp_path)
+    assert set(registry.scores) == {"redness"} and set(registry.filters) == {"size"}
     assert registry.schedulers["my_euler"].program(
         {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, 5
     )

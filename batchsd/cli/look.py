@@ -101,7 +101,7 @@ def status(run_folder: str, as_json: bool, watch: bool) -> None:
 @set_option
 @json_option
 def plugins(job: str | None, sets: tuple[str, ...], as_json: bool) -> None:
-    """List schedulers, tasks, sinks and watchers with the plugin that brings them."""
+    """List schedulers, tasks, sinks, scores, filters and watchers with the plugin that brings them."""
     from batchsd.plugins import describe
 
     rows = describe(load_job(job, sets).plugins if job else (), Path())

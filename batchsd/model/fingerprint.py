@@ -31,6 +31,11 @@ def checkpoint_hash(path: Path, extras: Sequence[tuple[str, Path]] = ()) -> str:
     return digest.hexdigest()
 
 
+def content_hash(path: Path, what: str) -> str:
+    """32 hex digits for a file or folder of weights that a plugin loads. Raises `UsageError` where there is none."""
+    return _hash(path, what)
+
+
 def _hash(path: Path, what: str) -> str:
     if not path.exists():
         raise UsageError(f"{what}: {path} does not exist")

@@ -13,8 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from batchsd.columns import IMAGE_TYPE, picture_column, row_index, to_table
+from batchsd.columns import IMAGE_TYPE, picture_column, to_table
 from batchsd.types import Record
+from batchsd.values import row_index
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchsd.columns import picture_column, picture_name, row_index, row_json
+from batchsd.columns import picture_column, row_json
 from batchsd.sinks.parquet import OpenFile
 from batchsd.types import Record
+from batchsd.values import picture_name, row_index
 
 if TYPE_CHECKING:
     import pyarrow as pa
