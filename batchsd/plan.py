@@ -22,7 +22,8 @@ class Plan:
 
     `files` are the manifest's, in order: name, size, sha256, and the slice of their rows that this plan draws
     (`first`, `rows`). `rows` and `rows_per_shard` count output rows; `schema` is the output's, column -> Arrow
-    type. `limit` is that of a run of the manifest's first rows only.
+    type, and `arrow` the same to be read back exactly (Arrow's IPC form in base64). `limit` is that of a run of the
+    manifest's first rows only.
     """
 
     number: int
@@ -37,6 +38,7 @@ class Plan:
     schema: Mapping[str, str]
     job: Mapping[str, Any] = field(default_factory=dict)
     limit: int | None = None
+    arrow: str = ""
 
     def identity(self) -> dict[str, Any]:
         """All that a resumed run must agree on, by dotted name."""

@@ -5,7 +5,8 @@ job -> plugins, manifest, checkpoint hash -> shards -> Plan, and the Recipe of w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import base64
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from batchsd import __version__, plugins
 from batchsd.columns import output_schema
-from batchsd.job import Job, check_names, model_extras, model_options, model_path, pixel_settings
+from batchsd.job import Job, check_names, digest, model_extras, model_options, model_path, pixel_settings
 from batchsd.judging import chosen
 from batchsd.ledger import Ledger, ledgers
 from batchsd.manifest import MAX_SHARDS, Manifest, divide, open_manifest
@@ -136,20 +137,29 @@ class Draft:
         job = self.job
         shards = manifest.shards(rows_per_shard, job.input.repeat, ledger.number)
         model = f"{model_path(job).name}@{self.checkpoint[:12]}"
-        facts = {"model": model, "checkpoint": self.checkpoint, "version": __version__}
+        files = tuple(file.facts() for file in manifest.files)
+        facts = {
+            "model": model,
+            "checkpoint": self.checkpoint,
+            "version": __version__,
+            "versions": versions(),
+            "input": listed(files),
+        }
+        columns = output_schema(manifest.schema, job, facts)
         plan = Plan(
             number=ledger.number,
             hard=self.hard,
             soft=self.soft,
-            files=tuple(file.facts() for file in manifest.files),
+            files=files,
             rows=manifest.rows * job.input.repeat,
             rows_per_shard=rows_per_shard,
             repeat=job.input.repeat,
             shards=len(shards),
             sink=job.output.sink,
-            schema={field.name: str(field.type) for field in output_schema(manifest.schema, job, facts)},
+            schema={field.name: str(field.type) for field in columns},
             job=job.resolved(),
             limit=self.limit,
+            arrow=base64.b64encode(columns.serialize().to_pybytes()).decode(),
         )
         schema = output_schema(manifest.schema, job, {**facts, "plan": plan.hash})
         packed = self.registry.sources[1:]
@@ -166,6 +176,12 @@ def recognised(job: Job, checkpoint: str, standing: Plan | None) -> tuple[str, .
 
     options = model_options(job)
     return inspect.recognised(model_path(job), options["vae"], options["ema"])
+
+
+def listed(files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What an output file says of its inputs: the first hundred by name, all of them in one hash."""
+    first = [{name: file[name] for name in ("name", "size", "sha256")} for file in files[:100]]
+    return {"count": len(files), "hash": digest([file["sha256"] for file in files]), "files": first}
 
 
 def slow_types(dtype: str, gpu: bool) -> tuple[str, ...]:

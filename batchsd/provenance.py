@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,15 +37,24 @@ KEYWORDS = (b"parameters\0", b"batchsd\0", b"XML:com.adobe.xmp\0")  # of PNG chu
 SEGMENT = 65533  # bytes of a JPEG segment
 
 
+Called = Callable[[str], tuple[str, str]]
+"""What A1111 calls a scheduler, and its sigma schedule ("" for the usual one)."""
+
+
+def as_it_is(scheduler: str) -> tuple[str, str]:
+    return scheduler, ""
+
+
 @dataclass(frozen=True, slots=True)
 class Told:
     """A sink whose pictures tell what `embed` names; rows without a picture pass as they are."""
 
     inner: Sink
     embed: Sequence[str]
+    called: Called = as_it_is
 
     def open(self, folder: Path, name: str, schema: pa.Schema) -> ToldShard:
-        return ToldShard(self.inner.open(folder, name, schema), self.embed, name, schema)
+        return ToldShard(self.inner.open(folder, name, schema), self.embed, self.called, name, schema)
 
     def reread(self, *published: Any) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """What the inner sink reads back, if it does (see `published.Rereads`)."""
@@ -56,13 +65,14 @@ class Told:
 class ToldShard:
     inner: SinkWriter
     embed: Sequence[str]
+    called: Called
     name: str
     schema: pa.Schema
 
     def add(self, record: Record) -> None:
         if record.image is not None:
             drawn = replace(record, image=untell(record.image))  # a revision keeps pictures, of rows that may say more
-            record = replace(record, image=tell(drawn, self.embed, self.schema, self.name))
+            record = replace(record, image=tell(drawn, self.embed, self.schema, self.name, self.called))
         self.inner.add(record)
 
     def close(self) -> None:
@@ -93,11 +103,13 @@ def _out_of_webp(data: bytes) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
-def tell(record: Record, embed: Sequence[str], schema: pa.Schema, name: str) -> bytes:
+def tell(
+    record: Record, embed: Sequence[str], schema: pa.Schema, name: str, called: Called = as_it_is
+) -> bytes:
     """The record's picture file with what `embed` names; its pixels are the same, to the bit."""
     assert record.image is not None
     facts = facts_of(schema)
-    text = parameters(record, facts) if "parameters" in embed else ""
+    text = parameters(record, facts, called) if "parameters" in embed else ""
     row = row_json(record, schema, name) if "row" in embed else ""
     xmp = XMP.format(SOURCE_TYPES + source_type(record)).encode() if "xmp" in embed else b""
     if record.extension == "png":
@@ -115,13 +127,15 @@ def source_type(record: Record) -> str:
     return "compositeWithTrainedAlgorithmicMedia" if record.request.task in COMPOSITE else whole
 
 
-def parameters(record: Record, facts: Mapping[str, Any]) -> str:
+def parameters(record: Record, facts: Mapping[str, Any], called: Called) -> str:
     """A1111's text: the prompt, the negative prompt, and one last line of settings."""
     request = record.request
+    sampler, curve = called(request.scheduler)
     model, _, _ = str(facts.get("model", "")).partition("@")
     settings = {
         "Steps": request.steps,
-        "Sampler": request.scheduler,
+        "Sampler": sampler,
+        "Schedule type": curve,
         "CFG scale": f"{request.guidance_scale:g}",
         "Seed": request.seed,
         "Size": f"{record.width}x{record.height}",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,8 +143,18 @@ def sink_of(job: Job, registry: Registry) -> Sink:
     """The job's output layout: pictures that tell what they are, failed rows aside where it says so."""
     sink = registry.sinks[job.output.sink]
     if job.output.embed:
-        sink = Told(sink, job.output.embed)
+        sink = Told(sink, job.output.embed, partial(called, job, registry))
     return Aside(sink) if job.output.failed == "aside" else sink
+
+
+def called(job: Job, registry: Registry, scheduler: str) -> tuple[str, str]:
+    """See `provenance.Called`. The checkpoint's own scheduler, whose name no row says, is "model"."""
+    from batchsd.diffusion.builtin import common_name
+
+    if scheduler == "model":
+        return scheduler, ""
+    name, curve = common_name(scheduler, {}, registry.schedulers)
+    return name, curve or job.sampler.sigmas.replace("_", " ").title()
 
 
 def engine_settings(job: Job) -> Any:

@@ -1,25 +1,32 @@
-"""A finished run, read again: its Parquet files become records as the engine once gave them.
+"""A finished run, read again: its files become records as the engine once gave them.
 
     for shard in shards(run): for record in records(shard): ...
 
 Rows that were put aside come back to their places: a picture's name tells its row, failed rows fill the gaps.
+Parquet brings the manifest's columns back as they were; of other layouts only what those can hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import base64
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchsd import plugins
 from batchsd.columns import MANIFEST, ON_REQUEST, OURS, picture_column
+from batchsd.job import Job
 from batchsd.ledger import Ledger, ledgers, place_of
-from batchsd.plan import Plan
+from batchsd.plan import Plan, shards_of
+from batchsd.published import Rereads, Row, reread
+from batchsd.recipe import sink_of
 from batchsd.store import Store, open_store
-from batchsd.types import Record, Request, UsageError
+from batchsd.types import Record, Request, Shard, Sink, UsageError
 from batchsd.values import remembered, row_index
 
 BATCH = 100  # rows: one row group
@@ -27,42 +34,68 @@ BATCH = 100  # rows: one row group
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """One committed shard: its name and its tables (the failed rows' last, where they lie apart)."""
+    """One committed shard: its name and its files (the failed rows' last, where they lie apart).
+
+    `sink` reads them again, but for Parquet's, which need none.
+    """
 
     store: Store
-    name: str
+    shard: Shard
     rows: int
     files: tuple[str, ...]
+    schema: pa.Schema
+    sink: Sink | None
+
+    @property
+    def name(self) -> str:
+        return self.shard.name
 
 
 def open_run(run: str) -> tuple[Plan, list[Ledger]]:
-    """The newest plan, and the ledgers of all, of a run whose layout is Parquet. Raises UsageError for others."""
+    """The newest plan, and the ledgers of all, of a run. Raises UsageError where there is none."""
     found = ledgers(open_store(run))
     plan = found[-1].plan() if found else None
     if plan is None:
         raise UsageError(f"{run}: no run of batchsd is here (no plan)")
-    if plan.sink != "parquet":
-        raise UsageError(f"{run}: its layout is {plan.sink!r}; reports and exports are made from parquet runs")
     return plan, found
 
 
 def shards(run: str) -> list[WrittenShard]:
-    """The committed shards, in order. Raises UsageError where there is none."""
-    _, plans = open_run(run)
+    """The committed shards, in order. Raises UsageError where there is none, or the layout does not read back."""
+    newest, plans = open_run(run)
+    sink = None if newest.sink == "parquet" else sink_of_run(run, newest)
     found = []
-    for marker in (marker for ledger in plans for marker in ledger.markers()):
-        files = sorted((place_of(file.name) for file in marker.files), key=lambda name: name.startswith("failed/"))
-        found.append(WrittenShard(plans[0].store, PurePosixPath(files[0]).stem, marker.rows, tuple(files)))
+    for ledger in plans:
+        if (plan := ledger.plan()) is None:
+            continue
+        planned, schema = shards_of(plan), schema_in(plan)
+        for marker in ledger.markers():
+            files = sorted((place_of(file.name) for file in marker.files), key=lambda name: name.startswith("failed/"))
+            found.append(WrittenShard(ledger.store, planned[marker.shard], marker.rows, tuple(files), schema, sink))
     if not found:
         raise UsageError(f"{run}: no shard is done yet; run the job first")
     return found
 
 
-def schema_of(run: str) -> pa.Schema:
+def sink_of_run(run: str, plan: Plan) -> Sink:
+    """The sink that wrote a run. Raises UsageError where it cannot read what it wrote."""
+    job = Job.model_validate_json(json.dumps(plan.job))
+    sink = sink_of(job, plugins.build(job.plugins, Path()))
+    if not isinstance(sink, Rereads):
+        raise UsageError(f"{run}: its sink {plan.sink!r} does not read back what it wrote")
+    return sink
+
+
+def schema_in(plan: Plan) -> pa.Schema:
     """The run's output schema, with the metadata that its sink was given."""
-    shard = shards(run)[0]
-    with _open(shard.store, shard.files[0]) as file:
-        return file.schema_arrow
+    schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(plan.arrow)))
+    told = json.loads(schema.metadata[b"batchsd"]) | {"plan": plan.hash}
+    return schema.with_metadata({**schema.metadata, b"batchsd": json.dumps(told, sort_keys=True).encode()})
+
+
+def schema_of(run: str) -> pa.Schema:
+    """`schema_in` of a run's newest plan."""
+    return schema_in(open_run(run)[0])
 
 
 def ours_to_columns(schema: pa.Schema) -> dict[str, str]:
@@ -72,6 +105,10 @@ def ours_to_columns(schema: pa.Schema) -> dict[str, str]:
 
 def records(shard: WrittenShard) -> Iterator[Record]:
     """The shard's rows in order."""
+    if shard.sink is not None:
+        rows = reread(shard.store, shard.sink, shard.shard, shard.schema, True)
+        yield from (_from_values(row, shard, index) for index, row in enumerate(rows))
+        return
     if len(shard.files) == 1:
         yield from (_record(row, i, shard.name) for i, row in enumerate(_rows(shard.store, shard.files[0])))
         return
@@ -109,7 +146,28 @@ def _record(row: pa.Table, index: int, shard: str) -> Record:
     value: dict[str, Any] = {ours: row[column][0].as_py() for ours, column in named.items()}
     given = [field for field in row.schema if MANIFEST in (field.metadata or {})]
     columns = row.select([field.name for field in given])
-    columns = columns.rename_columns([field.metadata[MANIFEST].decode() for field in given])
+    return _made(value, columns.rename_columns([field.metadata[MANIFEST].decode() for field in given]), index, shard)
+
+
+def _from_values(row: Row, shard: WrittenShard, index: int) -> Record:
+    """Of a layout that holds values as JSON has them: dates are text there, and columns of bytes are absent."""
+    arrays = {}
+    for field in shard.schema:
+        name = (field.metadata or {}).get(MANIFEST, b"").decode()
+        if name:
+            arrays[name] = _typed(row.travelled.get(name), field.type)
+    ours = {name: row.ours.get(name) for name in ours_to_columns(shard.schema)}
+    return _made(ours, pa.table(arrays), index, shard.name)
+
+
+def _typed(value: Any, kind: pa.DataType) -> pa.Array:
+    try:
+        return pa.array([value], kind)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return pa.array([value]).cast(kind)
+
+
+def _made(value: Mapping[str, Any], columns: pa.Table, index: int, shard: str) -> Record:
     key = columns["id"][0].as_py() if "id" in columns.column_names else None
     request = Request(
         key=f"{shard}:{index}" if key is None else str(key),

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "starter": "",
     "estimate": "bench diffusion plugins prepare progress",
     "export": "card ledger marker reread store writer",
-    "reread": "columns ledger plan store values",
+    "reread": "columns job ledger plan plugins published recipe store values",
     "summary": "card contact ledger marker prepare progress revise stop",
     "status": "ledger lock marker progress store",
     "verify": "columns ledger marker store",

@@ -216,3 +216,12 @@ def resolve(name: str, config: Mapping[str, Any], schedulers: Mapping[str, Sched
         f"sampler.scheduler: {said} is unknown; have model, {', '.join(sorted(schedulers))}, "
         f"most also with {', '.join(CURVES)} behind the name"
     )
+
+
+def common_name(name: str, config: Mapping[str, Any], schedulers: Mapping[str, Scheduler]) -> tuple[str, str]:
+    """A1111's name of a scheduler, and of the sigma schedule that it presets: ("DPM++ 2M", "Karras").
+
+    The name as it is, and "", where there is none.
+    """
+    found = resolve(name, config, schedulers)
+    return next(iter(found.aliases), name), str(found.preset.get("sigmas", "")).replace("_", " ").title()

@@ -138,4 +138,4 @@ def build(
 def with_sigmas(scheduler: Scheduler, word: str) -> Scheduler:
     """The scheduler on another sigma schedule: what "DPM++ 2M Karras" means."""
     preset = {**scheduler.preset, "sigmas": word}
-    return replace(scheduler, name=f"{scheduler.name}_{word}", aliases=(), diffusers="", preset=preset)
+    return replace(scheduler, name=f"{scheduler.name}_{word}", diffusers="", preset=preset)
