@@ -84,7 +84,7 @@ def test_diffusers_convention_is_transformers_processor(config: dict[str, Any]) 
     std = min(config.get("image_std", [0.5]))
     # Sums that end near a half: Pillow and torch round them after each of two passes.
     assert (ours - theirs).abs().max() <= 2.01 / 255 / std
-    assert (ours - theirs).abs().mean() < 0.05 / 255
+    assert (ours - theirs).abs().mean() < 0.1 / 255 / std
 
 
 def test_stability_convention_is_opencvs_cubic() -> None:
@@ -132,7 +132,7 @@ def test_a_picture_that_is_not_square_keeps_its_aspect(config: dict[str, Any]) -
     """transformers has no way in for it; its parts, called one by one, have."""
     network = random_network(config)
     ours = estimator(network)(picture(48, 80), "stability")
-    pixels = CONVENTIONS["stability"](picture(48, 80), {})
+    pixels = CONVENTIONS["stability"](picture(48, 80), {"size": 64})
     grid = (pixels.shape[2] // 16, pixels.shape[3] // 16)
     with torch.no_grad():
         if network.config.is_hybrid:
@@ -142,7 +142,7 @@ def test_a_picture_that_is_not_square_keeps_its_aspect(config: dict[str, Any]) -
         if network.config.is_hybrid:
             layers = [*found.intermediate_activations, *layers[2:4]]
         theirs = network.head(network.neck(layers, *grid))[0].numpy()
-    assert ours.shape == theirs.shape == (224, 384)
+    assert ours.shape == theirs.shape == (32, 64)
     assert np.abs(ours - theirs).max() < 1e-5
 
 

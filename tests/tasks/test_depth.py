@@ -55,8 +55,8 @@ def test_the_network_is_built_for_the_row_that_needs_it(with_estimator: Path) ->
 
 
 def test_the_two_conventions_differ_where_the_aspect_does(with_estimator: Path) -> None:
-    """A picture of 32 x 24 is squashed to 64 x 64 by one, and 384 x 288 in the other's net."""
-    inputs = {"init_image": png(picture())}
+    """A picture of 64 x 24 is squashed to 64 x 64 by one, and 64 x 32 in the other's net."""
+    inputs = {"init_image": png(picture(64, 24))}
     one, two = (
         pixels(draw(engine(with_estimator), request("depth", inputs={**inputs, "depth_convention": name}))[0])
         for name in ("diffusers", "stability")
