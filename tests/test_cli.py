@@ -89,7 +89,7 @@ def test_plan_and_dry_run_write_nothing(job: Path, batchsd: Run, capsys: pytest.
     assert batchsd("plan", "job.toml") == 0
     plan = capsys.readouterr().out
     assert "1 file, 8 rows, 1 picture a row" in plan
-    assert "8 pictures in 2 shards of at most 4, parquet" in plan and "state   new" in plan
+    assert "8 pictures in 2 shards of at most 4, parquet" in plan and "2 shards, new" in plan
     assert batchsd("run", "job.toml", "--dry-run", "--set", "ray.workers=2", "--address", "local") == 0
     assert "2 Ray actors here" in capsys.readouterr().out
     assert not Path("out").exists()

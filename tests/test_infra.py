@@ -291,7 +291,8 @@ def test_a_crontab_line_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     folder = tmp_path / "a 100% good folder"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    (folder / "job.toml").write_text(JOB.replace('plugins = ["./mine.py"]', "").replace("s3://", "./"))
+    here = JOB.replace('plugins = ["./mine.py"]', "").replace("s3://", "./").replace("/models/sd15", "tiny-scenes")
+    (folder / "job.toml").write_text(here)
     line = infra("cron", "job.toml", "--schedule", "5 3 * * 1").splitlines()[-1]
     assert line.startswith("5 3 * * 1 ")
     command = line.split(" ", 5)[5].replace("\\%", "%")

@@ -98,6 +98,9 @@ columns = { image = "picture" }
 failed = "aside"
 embed = ["row"]
 keep_inputs = true
+scores = ["clip_score"]
+filters = ["clip_score > 0.25"]
+rejected = "keep"
 [run]
 seed = 3
 batch_size = 4
@@ -113,6 +116,8 @@ address = "local"
 workers = 2
 gpus_per_worker = 0.5
 wait = 30.0
+[plugin.mine]
+threshold = 0.5
 """
     Path("jobs/all.toml").write_text('plugins = ["./mine.py", "named"]\n' + text)
     loaded = load("jobs/all.toml", [], {}).resolved()
@@ -127,6 +132,7 @@ wait = 30.0
     expected["run"]["scratch"] = f"{folder}/tmp"
     assert loaded == {"plugins": [f"{folder}/mine.py", "named"], **expected}
     defaults = job().resolved()
+    assert defaults.pop("plugin") == {} and expected.pop("plugin") == {"mine": {"threshold": 0.5}}
     assert {s: set(keys) for s, keys in defaults.items() if s != "plugins"} == {
         section: set(keys) for section, keys in expected.items()
     }

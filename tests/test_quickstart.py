@@ -115,4 +115,5 @@ def test_one_file_plugin_on_ray(tmp_path: Path) -> None:
 def test_shipped_models_are_small() -> None:
     for name in shipped_models():
         folder = ROOT / "batchsd" / "assets" / name
-        assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 12e6, name
+        most = 12e6 + (2.1e6 if (folder / "depth_estimator").is_dir() else 0)
+        assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= most, name
