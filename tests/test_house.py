@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "poison": "",
     "deadlines": "",
     "stop": "marker",
-    "prepare": "columns job judging ledger manifest model pinned plan plugins reader recipe retrying store unbuilt",
+    "prepare": "columns job judging ledger manifest model pinned plan plugins reader recipe retrying store",
     "recipe": "bench diffusion encode engine job judging manifest model network pinned plugin_source plugins prompts "
     "provenance reader rows sinks store",
     "judging": "figures filters job job_errors model plugin_source plugins scores",
@@ -101,7 +101,6 @@ MAY_IMPORT = {
     "progress": "",
     "encode": "",
     # the job
-    "unbuilt": "job",
     "pinned": "job",
     "job": "fetch job_errors job_sources model redact settings",
     "settings": "",

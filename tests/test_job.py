@@ -10,30 +10,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from smallest_job import SMALLEST, job
 
-from batchsd.job import Job, check_names, json_schema, load, model_path, pixel_settings
+from batchsd.job import check_names, json_schema, load, model_path, pixel_settings
 from batchsd.types import UsageError
-
-SMALLEST = """\
-[input]
-manifest = "prompts.parquet"
-[model]
-path = "tiny-scenes"
-[output]
-uri = "out/run1"
-"""
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "jobs").mkdir()
-    return tmp_path
-
-
-def job(text: str = "", sets: tuple[str, ...] = (), environ: dict[str, str] | None = None) -> Job:
-    Path("jobs/a.toml").write_text(SMALLEST + text)
-    return load("jobs/a.toml", sets, environ or {})
 
 
 def test_date_is_the_day_of_the_run_in_manifest_and_uri_alone(here):

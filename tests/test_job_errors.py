@@ -6,37 +6,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from smallest_job import SMALLEST, refusal
 
-from batchsd.job import Job, load
+from batchsd.job import load
 from batchsd.types import UsageError
-
-SMALLEST = """\
-[input]
-manifest = "prompts.parquet"
-[model]
-path = "tiny-scenes"
-[output]
-uri = "out/run1"
-"""
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "jobs").mkdir()
-    return tmp_path
-
-
-def job(text: str = "", sets: tuple[str, ...] = (), environ: dict[str, str] | None = None) -> Job:
-    Path("jobs/a.toml").write_text(SMALLEST + text)
-    return load("jobs/a.toml", sets, environ or {})
-
-
-def refusal(text: str = "", sets: tuple[str, ...] = (), environ: dict[str, str] | None = None) -> str:
-    with pytest.raises(UsageError) as caught:
-        job(text, sets, environ)
-    return str(caught.value)
-
 
 ERRORS = {
     "misspelt key": ("[sampler]\n\nstepz = 3\n", "9: unknown setting sampler.stepz - did you mean 'steps'?"),

@@ -3,40 +3,12 @@
 import tomllib
 from pathlib import Path
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from smallest_job import SMALLEST, job, refusal
 
-from batchsd.job import Job, load
+from batchsd.job import load
 from batchsd.job_sources import key_lines
-from batchsd.types import UsageError
-
-SMALLEST = """\
-[input]
-manifest = "prompts.parquet"
-[model]
-path = "tiny-scenes"
-[output]
-uri = "out/run1"
-"""
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "jobs").mkdir()
-    return tmp_path
-
-
-def job(text: str = "", sets: tuple[str, ...] = (), environ: dict[str, str] | None = None) -> Job:
-    Path("jobs/a.toml").write_text(text + SMALLEST if text.startswith("plugins") else SMALLEST + text)
-    return load("jobs/a.toml", sets, environ or {})
-
-
-def refusal(text: str = "", sets: tuple[str, ...] = (), environ: dict[str, str] | None = None) -> str:
-    with pytest.raises(UsageError) as caught:
-        job(text, sets, environ)
-    return str(caught.value)
 
 
 def test_precedence_is_set_then_environment_then_file_then_default(here):

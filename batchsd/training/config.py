@@ -16,22 +16,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Stage(_Section):
-    """How a stage learns; see `loop.Optimisation`."""
-
-    steps: int
-    batch_size: int
-    learning_rate: float = 1e-3
-    warmup: int = 200
-    weight_decay: float = 0.01
-    ema: float = 0.999
-    seed: int = 0
-
-    def optimisation(self) -> Optimisation:
-        return Optimisation(**{name: getattr(self, name) for name in Stage.model_fields})
-
-
-class AutoencoderStage(Stage):
+class AutoencoderStage(Optimisation):
     """AutoencoderKL: channels a level, resnets a level, norm groups."""
 
     channels: tuple[int, ...]
@@ -40,7 +25,7 @@ class AutoencoderStage(Stage):
     latent_channels: int = 4
 
 
-class TextStage(Stage):
+class TextStage(Optimisation):
     """CLIP text model: width, layers, attention heads, tokens a caption."""
 
     width: int
@@ -49,7 +34,7 @@ class TextStage(Stage):
     tokens: int = 77
 
 
-class DenoiserStage(Stage):
+class DenoiserStage(Optimisation):
     """U-Net: channels a level, resnets a level, width of a head."""
 
     channels: tuple[int, ...]
@@ -68,14 +53,14 @@ class Scenes(_Section):
     size: int = 64
 
 
-class DepthStage(Stage):
+class DepthStage(Optimisation):
     """How a text model learns to follow depth; `holds` says what the numbers of the `depth` column mean."""
 
     caption_dropout: float = 0.1
     holds: Literal["distance", "nearness"] = "nearness"
 
 
-class EstimatorStage(Stage):
+class EstimatorStage(Optimisation):
     """A DPT of four layers: width, attention heads, pixels of a patch's side, channels where its stages meet."""
 
     width: int = 96

@@ -69,7 +69,7 @@ def _train(
         unet, base.text, latents, captions, NoiseSchedule.from_config(scheduler), how.batch_size,
         how.caption_dropout, with_depth,
     )  # fmt: skip
-    return train(unet, loss, how.optimisation(), config.work / "depth.state", log)
+    return train(unet, loss, how, config.work / "depth.state", log)
 
 
 def load_depths(

@@ -27,7 +27,7 @@ def estimator(
 ) -> Any:
     """The trained network; goes on where it stopped. Maps are in [-1, 1] at the pictures' size."""
     network = new_estimator(how, pictures.images_N3HW.shape[-1])
-    average = train(network, map_loss(network, pictures, nearness_N1HW, how.batch_size), how.optimisation(), state, log)
+    average = train(network, map_loss(network, pictures, nearness_N1HW, how.batch_size), how, state, log)
     network.load_state_dict(average)
     return network.eval()
 

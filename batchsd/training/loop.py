@@ -10,19 +10,20 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 Loss = Callable[[torch.Generator], tuple[Tensor, Mapping[str, float]]]
 """Draws a batch with the generator and gives its loss, and figures worth logging."""
 
 
-@dataclass(frozen=True)
-class Optimisation:
+class Optimisation(BaseModel):
     """How long and how fast: `steps` batches, AdamW's rate and weight decay, the moving average's decay."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: int
     batch_size: int

@@ -50,7 +50,7 @@ def autoencoder(config: TrainingConfig, pictures: Pictures, log: Log) -> Autoenc
     done = config.work / "autoencoder.pt"
     if not done.exists():
         loss = reconstruction_loss(vae, pictures, how.batch_size)
-        average = train(vae, loss, how.optimisation(), config.work / "autoencoder.state", log)
+        average = train(vae, loss, how, config.work / "autoencoder.state", log)
         vae.load_state_dict(average)
         means, _ = encode_all(vae, pictures)
         normalise_latents(vae, means)
@@ -73,7 +73,7 @@ def text_encoder(config: TrainingConfig, pictures: Pictures, log: Log) -> TextEn
     if not done.exists():
         heads = Heads(encoder.model, attribute_labels(pictures.attributes), how.width)
         loss = attribute_loss(encoder, heads, pictures, how.batch_size)
-        train(heads, loss, how.optimisation(), config.work / "text.state", log)
+        train(heads, loss, how, config.work / "text.state", log)
         torch.save(encoder.model.state_dict(), done)
     encoder.model.load_state_dict(torch.load(done, weights_only=True))
     return encoder
@@ -111,7 +111,7 @@ def denoiser(
         unet, text, latents, list(pictures.captions), schedule, how.batch_size, how.caption_dropout
     )
     state_file = config.work / "denoiser.state"
-    return unet, train(Denoiser(unet, text.model), loss, how.optimisation(), state_file, log)
+    return unet, train(Denoiser(unet, text.model), loss, how, state_file, log)
 
 
 def write(config: TrainingConfig, vae: AutoencoderKL, text: TextEncoder, unet: UNet, average: Any) -> None:

@@ -31,7 +31,7 @@ def fresh() -> nn.Linear:
 
 def test_finds_the_line(tmp_path: Path) -> None:
     module = fresh()
-    how = Optimisation(400, 16, learning_rate=0.05, warmup=10, weight_decay=0, ema=0.95)
+    how = Optimisation(steps=400, batch_size=16, learning_rate=0.05, warmup=10, weight_decay=0, ema=0.95)
     average = train(module, line_fit(module), how, tmp_path / "state", lambda line: None)
     assert average["weight"].item() == pytest.approx(3, abs=0.05)
     assert average["bias"].item() == pytest.approx(-1, abs=0.05)
@@ -42,7 +42,7 @@ class Cut(Exception):
 
 
 def test_a_run_that_was_cut_off_ends_as_one_that_was_not(tmp_path: Path) -> None:
-    how = Optimisation(30, 16, learning_rate=0.05, warmup=5)
+    how = Optimisation(steps=30, batch_size=16, learning_rate=0.05, warmup=5)
     whole = fresh()
     expected = train(whole, line_fit(whole), how, tmp_path / "whole", lambda line: None)
 
@@ -64,7 +64,7 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(tmp_path: Path) -> None
 
 
 def test_learning_rate() -> None:
-    how = Optimisation(1100, 1, learning_rate=2.0, warmup=100)
+    how = Optimisation(steps=1100, batch_size=1, learning_rate=2.0, warmup=100)
     assert how.rate(0) == pytest.approx(0.02)
     assert how.rate(100) == pytest.approx(2.0)
     assert how.rate(600) == pytest.approx(1.0)
