@@ -1,6 +1,6 @@
 """What a Ray actor does all its life: the worker's loop in a thread, with tickets in and messages out.
 
-Plain Python: `batchsd.cluster` makes an actor of `Worker`.
+Plain Python: `batchsd.seats` makes an actor of `Worker`.
 """
 
 from __future__ import annotations

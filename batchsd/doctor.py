@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Literal
 
 from batchsd.job import Job, model_path
 from batchsd.place import cpus_here
-from batchsd.preflight import differing, versions
+from batchsd.preflight import differing
+from batchsd.recipe import versions
 from batchsd.store import open_store
 from batchsd.types import BatchsdError, InfrastructureError
 

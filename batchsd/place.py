@@ -1,6 +1,6 @@
 """Where a job runs: in this process, on a private Ray here, or on a cluster; and with how many workers.
 
-One worker alone runs in this process: it needs no Ray. Ray itself is touched only through `batchsd.cluster`.
+One worker alone runs in this process: it needs no Ray. Ray itself is touched only through `cluster` and `seats`.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Place:
         patience = Patience.of(self._job.run.timeout)
         if not self.on_ray:
             return InProcess(partial(recipe, device=self.crew.device), patience, end)
-        from batchsd.cluster import RayActors, Reserve
+        from batchsd.seats import RayActors, Reserve
 
         self.connect().resources()
         crew = self.crew

@@ -8,21 +8,16 @@ the first worker there, minutes later and a shard at a time.
 
 from __future__ import annotations
 
-import platform
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 
-from batchsd import __version__
 from batchsd.job import model_extras, model_path
 from batchsd.model.fingerprint import checkpoint_hash
-from batchsd.recipe import Recipe
+from batchsd.recipe import Recipe, versions
 from batchsd.store import open_store
 from batchsd.types import BatchsdError, UsageError
-
-PACKAGES = ("torch", "ray", "transformers", "pyarrow", "pillow")
 
 
 @dataclass(frozen=True)
@@ -107,14 +102,3 @@ def differing(here: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
     found = [(package, mine, there.get(package, "not installed")) for package, mine in here.items()]
     other = [entry for entry in found if entry[1] != entry[2]]
     return [f"{package} is {theirs} there, {mine} here; install the same everywhere" for package, mine, theirs in other]
-
-
-def versions() -> dict[str, str]:
-    """What must be the same on all nodes: another torch draws other bytes, another Python cannot read our pickles."""
-    found = {"batchsd": __version__, "python": ".".join(platform.python_version_tuple()[:2])}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

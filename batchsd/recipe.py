@@ -33,6 +33,8 @@ from batchsd.types import Sink, UsageError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+PACKAGES = ("torch", "ray", "transformers", "pyarrow", "pillow")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -174,7 +176,9 @@ def engine_settings(job: Job) -> Any:
 
 
 def versions() -> dict[str, str]:
-    return {"batchsd": __version__, "torch": version("torch"), "python": platform.python_version()}
+    """Of what may change a picture's bytes, or must be the same on all nodes."""
+    packages = {package: version(package) for package in PACKAGES}
+    return {"batchsd": __version__, "python": platform.python_version(), **packages}
 
 
 def cuda_versions(device: Any) -> dict[str, str]:

@@ -159,7 +159,7 @@ def main(folder: Path, step: str, arguments: list[str]) -> None:
     prepare.patient = lambda store: DriverStore(retrying.patient(store), folder, step)  # type: ignore[assignment]
 
     def executor(self: Place, recipe: Recipe, log: Callable[[str], None], end: Callable[[str], None]) -> Any:
-        from batchsd.cluster import RayActors, Reserve
+        from batchsd.seats import RayActors, Reserve
 
         self.connect().resources()
         made = partial(build, folder, recipe, recipe.reader().names, recipe.sink())  # without torch: quick to start

@@ -23,7 +23,7 @@ from batchsd.doctor import (
     worst,
 )
 from batchsd.job import load
-from batchsd.preflight import versions
+from batchsd.recipe import versions
 from batchsd.types import InfrastructureError
 
 GPU = ("H100", 80 * 2**30)

@@ -37,10 +37,11 @@ MAY_IMPORT = {
     "card": "columns ledger plan redact store",
     "contact": "columns images store",
     "revise": "columns job ledger marker plan prepare published store",
-    "doctor": "job model place preflight prepare store",
-    "place": "cluster deadlines executor job preflight recipe",
+    "doctor": "job model place preflight prepare recipe store",
+    "place": "cluster deadlines executor job preflight recipe seats",
     "preflight": "job model recipe store",
-    "cluster": "actor bench deadlines executor",
+    "seats": "actor bench deadlines executor",
+    "cluster": "executor",
     "actor": "bench executor run",
     "drive": "dispatch executor ledger marker plan progress stop",
     "dispatch": "bench executor ledger marker memory plan progress retrying stop",
@@ -123,7 +124,7 @@ MAY_IMPORT = {
 
 # What comes from outside, and the rooms that may import it at all (strict where a room is its one door).
 DOORS = {
-    "ray": "cluster",
+    "ray": "cluster seats",
     "transformers": "model training",
     "diffusers": "",
     "safetensors": "model training",

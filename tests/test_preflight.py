@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchsd.job import load
-from batchsd.preflight import Sight, check_nodes, look, versions
+from batchsd.preflight import Sight, check_nodes, look
 from batchsd.prepare import prepare
-from batchsd.recipe import Recipe
+from batchsd.recipe import Recipe, versions
 from batchsd.types import UsageError
 
 
