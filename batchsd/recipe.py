@@ -134,10 +134,9 @@ class SchedulerNames:
 
 def names_of(registry: Registry) -> Names:
     """What the rows of a manifest may say."""
-    from batchsd.diffusion.builtin import names
+    from batchsd.diffusion.builtin import spellings
 
-    spellings = frozenset(names(registry.schedulers.values()))
-    schedulers = SchedulerNames(tuple(registry.schedulers), spellings)
+    schedulers = SchedulerNames(tuple(registry.schedulers), frozenset(spellings(tuple(registry.schedulers.values()))))
     return Names(schedulers, {name: task.columns for name, task in registry.tasks.items()})
 
 

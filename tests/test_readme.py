@@ -11,10 +11,11 @@ from pathlib import Path
 import click
 import pytest
 
-from batchsd import hookspecs
+from batchsd import hookspecs, plugins
 from batchsd.cli import commands
 from batchsd.diffusion.builtin import BUILTIN
-from batchsd.job import load
+from batchsd.job import check_names, load
+from batchsd.recipe import names_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,12 +65,11 @@ def leaves(group: click.Group, above: str = "") -> Iterator[tuple[str, click.Com
 def test_example_jobs_load(text: str, tmp_path: Path) -> None:
     assert tomllib.loads(text)
     (tmp_path / "job.toml").write_text(text)
-    load(tmp_path / "job.toml", (), {})
+    job = load(tmp_path / "job.toml", (), {})
+    check_names(job, "sampler.scheduler", names_of(plugins.build([], tmp_path)).schedulers)
 
 
 def test_the_example_plugin_works(tmp_path: Path) -> None:
-    from batchsd import plugins
-
     texts = [block for block in blocks("python") if "@hookimpl" in block]
     for i, text in enumerate(texts):
         (tmp_path / f"mine{i}.py").write_text(text)

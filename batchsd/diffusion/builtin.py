@@ -7,6 +7,7 @@ its variants preset what they mean.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from batchsd.diffusion import levels, multistep, samplers, stages
@@ -194,28 +195,39 @@ def names(schedulers: Iterable[Scheduler]) -> dict[str, Scheduler]:
     return found
 
 
+@lru_cache(maxsize=8)
+def spellings(schedulers: tuple[Scheduler, ...]) -> dict[str, tuple[Scheduler, str]]:
+    """Every name (lower case) -> scheduler and the sigma schedule that the name asks for, "" for its own.
+
+    Where a scheduler takes sigma schedules, their words may stand behind each of its names: "DPM++ 2M Karras",
+    `dpmpp_2m_karras`. Raises UsageError as `names`.
+    """
+    found = {name: (scheduler, "") for name, scheduler in names(schedulers).items()}
+    for name, (scheduler, _) in tuple(found.items()):
+        if "sigmas" in keyword_defaults(scheduler.levels):
+            for word in CURVES:
+                for tail in (f"_{word}", f" {word}", " " + word.replace("_", " ")):
+                    found.setdefault(name + tail, (scheduler, word))
+    return found
+
+
 def resolve(name: str, config: Mapping[str, Any], schedulers: Mapping[str, Scheduler] = BUILTIN) -> Scheduler:
-    """The scheduler of that name, in any case, also with the word of a sigma schedule behind it ("Karras").
+    """The scheduler of that name, in any of its `spellings` and any case.
 
     "model" is the one that `config`, the checkpoint's scheduler_config.json, was written for. Raises
     UsageError that lists the known names.
     """
-    known = names(schedulers.values())
     wanted, said = name.lower(), repr(name)
     if wanted == "model":
         wanted = str(config.get("_class_name", "")).lower()
         said = f"'model' (scheduler_config.json: _class_name: {config.get('_class_name')!r})"
-    if wanted in known:
-        return known[wanted]
-    for word in CURVES:
-        for tail in (word, word.replace("_", " ")):
-            base = known.get(wanted.removesuffix(tail).rstrip(" _"))
-            if wanted.endswith(tail) and base and "sigmas" in keyword_defaults(base.levels):
-                return with_sigmas(base, word)
-    raise UsageError(
-        f"sampler.scheduler: {said} is unknown; have model, {', '.join(sorted(schedulers))}, "
-        f"most also with {', '.join(CURVES)} behind the name"
-    )
+    found, sigmas = spellings(tuple(schedulers.values())).get(wanted, (None, ""))
+    if found is None:
+        raise UsageError(
+            f"sampler.scheduler: {said} is unknown; have model, {', '.join(sorted(schedulers))}, "
+            f"most also with {', '.join(CURVES)} behind the name"
+        )
+    return with_sigmas(found, sigmas) if sigmas else found
 
 
 def common_name(name: str, config: Mapping[str, Any], schedulers: Mapping[str, Scheduler]) -> tuple[str, str]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 
+from batchsd import plugins
 from batchsd.diffusion.builtin import BUILTIN, TABLE, names, resolve
 from batchsd.diffusion.curves import CURVES
 from batchsd.diffusion.schedule import NoiseSchedule
 from batchsd.diffusion.scheduler import Scheduler
+from batchsd.recipe import names_of
 from batchsd.types import UsageError
 
 from .oracle import BASE, by_diffusers, by_function, by_table, relative
@@ -211,6 +214,7 @@ def test_names_resolve(name, ours):
     config = {**BASE, "_class_name": "DPMSolverMultistepScheduler"}
     assert resolve(name, config).name == ours
     assert resolve(name, config) is resolve(name, config)  # so that its programs are remembered
+    assert name in names_of(plugins.build([], Path())).schedulers  # what jobs and rows may say
 
 
 def test_a_name_with_karras_is_that_schedule_whatever_the_checkpoint_says():
