@@ -1,8 +1,8 @@
 """batchsd: a Parquet manifest of prompts in, a dataset of pictures out.
 
 The front door for plugin authors: decorate functions with `hookimpl`, build on the names below, and test
-with `batchsd.testing`. Importing batchsd pulls in neither torch nor ray; `Scheduler` loads torch when it is
-first asked for.
+with `batchsd.testing`. Importing batchsd pulls in neither torch nor ray; `Scheduler` loads torch and `row_values`
+pyarrow when they are first asked for.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from batchsd.types import (
 )
 
 if TYPE_CHECKING:
+    from batchsd.columns import row_values
     from batchsd.diffusion.scheduler import Scheduler
 
 __version__ = "0.1.0"  # pyproject.toml reads it from here
@@ -57,6 +58,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "hookimpl",
+    "row_values",
 ]
 
 
@@ -65,4 +67,8 @@ def __getattr__(name: str) -> Any:
         from batchsd.diffusion.scheduler import Scheduler
 
         return Scheduler
+    if name == "row_values":
+        from batchsd.columns import row_values
+
+        return row_values
     raise AttributeError(f"module 'batchsd' has no attribute {name!r}")

@@ -215,6 +215,15 @@ def row_json(record: Record, schema: pa.Schema, name: str) -> str:
     return json.dumps(json_value(row), ensure_ascii=True, sort_keys=True)
 
 
+def row_values(record: Record, schema: pa.Schema, name: str) -> dict[str, Any]:
+    """A finished row as plain Python values by output column, for sinks; `schema` and `name` are what `open` got.
+
+    The picture is `{"bytes", "path"}`, None where there is none.
+    """
+    (row,) = to_table([record], schema, name).to_pylist()
+    return dict(row)
+
+
 def facts_of(schema: pa.Schema) -> Mapping[str, Any]:
     """Our metadata of an output schema: `model`, `version`, the job."""
     return _parsed(schema)[0]

@@ -74,7 +74,7 @@ MAY_IMPORT = {
     "meter": "",
     "order": "",
     # plugins
-    "testing": "columns diffusion encode job",
+    "testing": "columns diffusion encode job scores",
     "defaults": "diffusion sinks tasks",
     "plugins": "diffusion filters hookspecs plugin_source scores",
     "plugin_source": "",
@@ -116,7 +116,7 @@ MAY_IMPORT = {
     "model": "",
     "diffusion": "",
     # the vocabulary
-    "__init__": "diffusion scores",
+    "__init__": "columns diffusion scores",
     "scores": "",
     "types": "figures",
     "figures": "",
