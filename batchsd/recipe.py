@@ -5,6 +5,7 @@ job + manifest + plugins + checkpoint's path -> registry, model, engine, sink ->
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PACKAGES = ("torch", "ray", "transformers", "pyarrow", "pillow")
+WHO = ("host", "pid")  # facts of a marker that say who drew, not how
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class Recipe:
             facts={
                 **versions(),
                 **cuda_versions(model.device),
+                "host": platform.node(),
+                "pid": os.getpid(),
                 "dtype": self.dtype,
                 "device": device_name(model.device),
                 "backend": job.model.backend,

@@ -22,7 +22,7 @@ from batchsd.manifest import Manifest
 from batchsd.marker import Marker
 from batchsd.plan import Plan, shards_of
 from batchsd.published import Row, reread
-from batchsd.recipe import Recipe, names_of, sink_of
+from batchsd.recipe import WHO, Recipe, names_of, sink_of
 from batchsd.revise import job_of_run
 from batchsd.rows import key_text, row_hasher
 from batchsd.store import Store, open_store
@@ -240,7 +240,7 @@ class Run:
         """Everything that could move a pixel and is not as it was when the shard was drawn."""
         then, hard = found.marker.facts, found.plan.hard
         for name in dict.fromkeys([*then, *now]):
-            if then.get(name) != now.get(name):
+            if then.get(name) != now.get(name) and name not in WHO:
                 yield f"{name}: {then.get(name, 'unknown')} then, {now.get(name, 'none')} now"
         if hard["pixels_version"] != PIXELS_VERSION:
             yield f"pixels_version: {hard['pixels_version']} then, {PIXELS_VERSION} now: other pixels on purpose"
