@@ -35,27 +35,29 @@ class Cluster:
         self._thread = threading.Thread(target=self._hold, name="ray", daemon=True)
         self._thread.start()
 
-    def resources(self) -> dict[str, float]:
-        """What the cluster has; waits until it is up. Raises InfrastructureError where it does not come."""
+    def nodes(self) -> list[dict[str, float]]:
+        """What each living node has; waits until Ray is up. Raises InfrastructureError where it does not come."""
+        return [node["Resources"] for node in self._alive()]
+
+    def _alive(self) -> list[dict[str, Any]]:
         self._up.wait()
         if self._error is not None:
             raise InfrastructureError(f"Ray at {self.address!r} does not start: {describe(self._error)}")
         import ray
 
-        return ray.cluster_resources()
+        return [node for node in ray.nodes() if node["Alive"]]
 
     def on_every_node(self, call: Callable[[], T]) -> dict[str, T]:
         """What `call` gives on each node, by the node's address. Raises InfrastructureError where one is silent."""
-        self.resources()
+        nodes = self._alive()
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         task: Any = ray.remote(num_cpus=0, max_retries=0)(call_it)
         asked = {}
-        for node in ray.nodes():
-            if node["Alive"]:
-                there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                asked[node["NodeManagerAddress"], node["NodeID"]] = task.options(scheduling_strategy=there).remote(call)
+        for node in nodes:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            asked[node["NodeManagerAddress"], node["NodeID"]] = task.options(scheduling_strategy=there).remote(call)
         answers = {}
         for (address, number), reference in asked.items():
             try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -74,10 +74,10 @@ class Place:
             return Crew(1, 0, 0, 0, "cuda" if gpus else "cpu" if device == "auto" else device)
         if self._address == "local":
             cpus = max(cpus_here(), 1 if setting == "auto" else setting)
-            resources: Mapping[str, float] = {"CPU": cpus, "GPU": gpus_here() if device != "cpu" else 0}
+            nodes: Sequence[Mapping[str, float]] = [{"CPU": cpus, "GPU": gpus_here() if device != "cpu" else 0}]
         else:
-            resources = self.connect().resources()
-        crew, short = size_crew(setting, gpus_each, device, resources, grows=self._address != "local")
+            nodes = self.connect().nodes()
+        crew, short = size_crew(setting, gpus_each, device, nodes, grows=self._address != "local")
         if short:
             self.warnings.append(short)
         return crew
@@ -105,7 +105,7 @@ class Place:
             return InProcess(partial(recipe, device=self.crew.device), patience, end)
         from batchsd.seats import RayActors, Reserve
 
-        self.connect().resources()
+        self.connect().nodes()
         crew = self.crew
         build = partial(recipe, device=crew.device, threads=crew.threads)
         grows = self._job.ray.workers == "auto" and self._address != "local"
@@ -115,9 +115,8 @@ class Place:
     def _room(self) -> int:
         """How many workers the cluster has room for by now."""
         assert self._cluster is not None
-        crew, _ = size_crew(
-            "auto", self._job.ray.gpus_per_worker, self.crew.device, self._cluster.resources(), grows=True
-        )
+        each, nodes = self._job.ray.gpus_per_worker, self._cluster.nodes()
+        crew, _ = size_crew("auto", each, self.crew.device, nodes, grows=True)
         return crew.workers
 
     def describe(self) -> str:
@@ -162,35 +161,48 @@ def choose_address(
 
 
 def size_crew(
-    workers: int | str, gpus_per_worker: float, device: str, resources: Mapping[str, float], grows: bool
+    workers: int | str, gpus_per_worker: float, device: str, nodes: Sequence[Mapping[str, float]], grows: bool
 ) -> tuple[Crew, str]:
-    """The crew that fits `resources` (Ray's CPU and GPU counts), and a line where that is less than asked.
+    """The crew that fits `nodes` (Ray's CPU and GPU counts of each), and a line where that is less than asked.
 
     Of a cluster that `grows` an explicit number of workers is taken as it is: nodes may come later. Raises
     InfrastructureError where a GPU is needed and there is none: Ray would wait for ever, silently.
     """
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
     wants_gpu = device not in ("auto", "cpu") or (device == "auto" and gpus > 0)
     waits = grows and workers != "auto"
     if wants_gpu and gpus_per_worker > 0:
-        room = int(gpus / gpus_per_worker)
+        seats = [gpu_seats(node.get("GPU", 0.0), gpus_per_worker) for node in nodes]
+        room = sum(seats)
         if room == 0 and not waits:
             raise InfrastructureError(
-                f"a worker needs {gpus_per_worker:g} GPU (ray.gpus_per_worker, model.device = {device!r}), "
-                f"the cluster has {gpus:g}; add a node with GPUs, or set model.device = 'cpu'"
+                f"a worker needs {gpus_per_worker:g} GPU of one node (ray.gpus_per_worker, model.device = {device!r}), "
+                f"the cluster has {gpus:g} on {len(nodes)} nodes; add one with GPUs, or set model.device = 'cpu'"
             )
         count = room if workers == "auto" else int(workers) if waits else min(int(workers), room)
         # No CPUs are reserved: nodes of a GPU cluster may declare none, and a worker would wait for ever.
-        device = "cuda" if device == "auto" else device
-        crew = Crew(count, gpus_per_worker, 0, max(1, int(cpus // count)), device)
+        shares = [int(node.get("CPU", 0.0) // taken) for node, taken in zip(nodes, seats, strict=True) if taken]
+        crew = Crew(count, gpus_per_worker, 0, max(1, min(shares, default=1)), "cuda" if device == "auto" else device)
     else:
-        room = max(1, int(cpus))
+        room = max(1, sum(int(node.get("CPU", 0.0)) for node in nodes))
         count = 1 if workers == "auto" else int(workers) if waits else min(int(workers), room)
-        share = max(1, int(cpus // count))
-        crew = Crew(count, 0, min(share, max(1, cpus)), share, "cpu" if device == "auto" else device)
+        share = cpu_share(count, nodes)
+        crew = Crew(count, 0, share, share, "cpu" if device == "auto" else device)
     if workers == "auto" or room >= int(workers):
         return crew, ""
     return crew, f"ray.workers = {workers}, but there is room for {room} (CPU {cpus:g}, GPU {gpus:g})"
+
+
+def gpu_seats(gpus: float, each: float) -> int:
+    """Workers of `each` GPU that a node holds: a share below one lies on one GPU, more than one are of one node."""
+    share = 1 / each + 1e-9  # 1 / 0.1 is 10
+    return int(gpus) * int(share) if each < 1 else int(gpus * share)
+
+
+def cpu_share(workers: int, nodes: Sequence[Mapping[str, float]]) -> int:
+    """The most CPUs that each worker can have, all of them at once, each on one node; at least 1."""
+    cpus = [int(node.get("CPU", 0.0)) for node in nodes]
+    return next((share for share in range(max(cpus, default=1), 1, -1) if sum(n // share for n in cpus) >= workers), 1)
 
 
 def gpus_here(devices: Path = Path("/dev")) -> int:

@@ -161,7 +161,7 @@ def main(folder: Path, step: str, arguments: list[str]) -> None:
     def executor(self: Place, recipe: Recipe, log: Callable[[str], None], end: Callable[[str], None]) -> Any:
         from batchsd.seats import RayActors, Reserve
 
-        self.connect().resources()
+        self.connect().nodes()
         made = partial(build, folder, recipe, recipe.reader().names, recipe.sink())  # without torch: quick to start
         return RayActors(made, 2, Reserve(), log, Patience.of(recipe.job.run.timeout))
 

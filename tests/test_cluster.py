@@ -21,4 +21,4 @@ def test_a_cluster_that_does_not_answer_is_said() -> None:
         with pytest.raises(
             InfrastructureError, match="'head:6379' does not start: ConnectionError: no route"
         ):
-            Cluster("head:6379").resources()
+            Cluster("head:6379").nodes()

@@ -53,34 +53,60 @@ def test_an_address_that_is_no_driver_s_is_refused() -> None:
     ],
 )
 def test_the_crew_fits_what_is_there(workers, each, device, resources, crew) -> None:
-    found, short = size_crew(workers, each, device, resources, grows=False)
+    found, short = size_crew(workers, each, device, [resources], grows=False)
     assert (found.workers, found.gpus, found.cpus, found.threads, found.device) == crew
     assert short == ""
     assert found.workers * found.gpus <= resources.get("GPU", 0)
     assert found.workers * found.cpus <= resources.get("CPU", 0)
 
 
+SMALL, LARGE, HEAD = {"CPU": 4, "GPU": 1}, {"CPU": 64, "GPU": 8}, {"CPU": 2}
+
+
+@pytest.mark.parametrize(
+    ("workers", "each", "device", "nodes", "crew"),
+    [
+        ("auto", 1, "auto", [HEAD, SMALL, LARGE], (9, 1, 0, 4, "cuda")),
+        ("auto", 0.5, "auto", [HEAD, SMALL, LARGE], (18, 0.5, 0, 2, "cuda")),
+        ("auto", 0.4, "auto", [LARGE, LARGE], (32, 0.4, 0, 4, "cuda")),  # two a GPU: a share never spans two
+        ("auto", 2, "auto", [SMALL, SMALL, LARGE], (4, 2, 0, 16, "cuda")),  # never one GPU of each of two nodes
+        ("auto", 1, "cuda", [{"GPU": 2}, {}], (2, 1, 0, 1, "cuda")),
+        (2, 1, "cpu", [{"CPU": 32}, {"CPU": 16}, {"CPU": 16}], (2, 0, 16, 16, "cpu")),
+        (2, 1, "cpu", [{"CPU": 5}, {"CPU": 1}], (2, 0, 2, 2, "cpu")),
+        (3, 1, "cpu", [{"CPU": 1}, {"CPU": 1}, {}], (2, 0, 1, 1, "cpu")),
+    ],
+)
+def test_a_worker_lies_on_one_node(workers, each, device, nodes, crew) -> None:
+    found, _ = size_crew(workers, each, device, nodes, grows=False)
+    assert (found.workers, found.gpus, found.cpus, found.threads, found.device) == crew
+
+
+def test_gpus_of_several_nodes_are_no_worker_s() -> None:
+    with pytest.raises(InfrastructureError, match="needs 2 GPU of one node .* has 3 on 3 nodes"):
+        size_crew("auto", 2, "auto", [SMALL, SMALL, SMALL], grows=True)
+
+
 def test_fewer_workers_than_asked_are_said() -> None:
-    crew, short = size_crew(4, 1, "auto", {"CPU": 16, "GPU": 2}, grows=False)
+    crew, short = size_crew(4, 1, "auto", [{"CPU": 16, "GPU": 2}], grows=False)
     assert crew.workers == 2 and "ray.workers = 4" in short and "room for 2" in short
-    crew, short = size_crew(4, 1, "cpu", {"CPU": 3}, grows=False)
+    crew, short = size_crew(4, 1, "cpu", [{"CPU": 3}], grows=False)
     assert crew.workers == 3 and "room for 3" in short
 
 
 def test_a_cluster_that_grows_is_taken_at_its_word() -> None:
-    crew, short = size_crew(4, 1, "cuda", {"CPU": 16, "GPU": 2}, grows=True)
+    crew, short = size_crew(4, 1, "cuda", [{"CPU": 16, "GPU": 2}], grows=True)
     assert (crew.workers, crew.gpus) == (4, 1) and "room for 2" in short
-    crew, _ = size_crew(3, 1, "cuda", {"CPU": 2}, grows=True)
+    crew, _ = size_crew(3, 1, "cuda", [{"CPU": 2}], grows=True)
     assert (crew.workers, crew.gpus, crew.threads) == (3, 1, 1)
-    crew, _ = size_crew("auto", 1, "cuda", {"CPU": 2, "GPU": 2}, grows=True)
+    crew, _ = size_crew("auto", 1, "cuda", [{"CPU": 2, "GPU": 2}], grows=True)
     assert crew.workers == 2
-    with pytest.raises(InfrastructureError, match="has 0"):
-        size_crew("auto", 1, "cuda", {"CPU": 8}, grows=True)
+    with pytest.raises(InfrastructureError, match="has 0 "):
+        size_crew("auto", 1, "cuda", [{"CPU": 8}], grows=True)
 
 
 def test_a_gpu_that_is_not_there_is_an_error_not_a_wait() -> None:
-    with pytest.raises(InfrastructureError, match="needs 1 GPU .* has 0"):
-        size_crew("auto", 1, "cuda", {"CPU": 8}, grows=False)
+    with pytest.raises(InfrastructureError, match="needs 1 GPU .* has 0 "):
+        size_crew("auto", 1, "cuda", [{"CPU": 8}], grows=False)
 
 
 def test_torch_is_not_asked_without_a_gpu_s_device_file(tmp_path: Path) -> None:

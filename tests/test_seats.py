@@ -44,7 +44,8 @@ def cluster() -> Iterator[Cluster]:
     for module in (fakes, sys.modules[__name__]):
         ray.cloudpickle.register_pickle_by_value(module)
     ours = Cluster("local", 2)
-    assert ours.resources()["CPU"] == 2
+    (node,) = ours.nodes()
+    assert node["CPU"] == 2
     yield ours
     ours.close()
 
