@@ -24,7 +24,7 @@ from batchsd.marker import Tally
 from batchsd.memory import Memory
 from batchsd.plan import Plan
 from batchsd.progress import Rate, Snapshot
-from batchsd.stop import Stop, check_failed
+from batchsd.stop import Stop, check_going
 from batchsd.types import Event, InfrastructureError, Shard, ShardResult, Tried
 
 MOST_TRIES = 3  # of starting a worker, in a row
@@ -230,7 +230,7 @@ class Drive:
         self._storage.worked()
         if self.suspects.forget(index):
             self._memory.keep(self.suspects, self._failures)
-        check_failed(self.tally, self.max_failed)
+        check_going(self.tally, self.plan.shards, self.max_failed)
 
     def _release(self, worker: int) -> None:
         """Shards of which no row is on trial any more are drawn again."""

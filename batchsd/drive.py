@@ -14,7 +14,7 @@ from batchsd.ledger import Ledger
 from batchsd.marker import Tally
 from batchsd.plan import Plan
 from batchsd.progress import Snapshot
-from batchsd.stop import AtOnce, Stop, Stopped, check_failed
+from batchsd.stop import AtOnce, Stop, Stopped, all_drawn, check_going
 from batchsd.types import BatchsdError, InfrastructureError, Shard
 
 
@@ -33,11 +33,10 @@ def drive(
 ) -> Tally:
     """Bring a begun plan to its end; `tally` is `ledger.roll_forward()`'s, less the shards in `revisions`.
 
-    Gives what the markers add up to.
-
-    Raises TooManyFailed, Stopped, InfrastructureError, or a worker's UsageError; what was committed stays.
+    Gives what the markers add up to. Raises TooManyFailed (while shards are left: see `stop.all_drawn`), Stopped,
+    InfrastructureError, or a worker's UsageError; what was committed stays.
     """
-    check_failed(tally, max_failed)
+    check_going(tally, plan.shards, max_failed)
     known = {shard.index: shard for shard in shards}
     todo = [shard for shard in known.values() if shard.index not in tally.done]
     who = (executor.workers, max_failed, watch, stop, log, check_lock, revisions or {}, executor.inside)
@@ -58,5 +57,6 @@ def drive(
         with suppress(InfrastructureError):  # the lock is another's, or the storage fails: the error says so
             run.write_status(state, str(error), error.exit_code)
         raise
-    run.write_status("done", exit_code=0)
+    over = all_drawn(total, max_failed)
+    run.write_status("done", str(over or ""), over.exit_code if over else 0)
     return total

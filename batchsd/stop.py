@@ -72,12 +72,23 @@ class Stop:
         return Stopped(self.reason, self.exit_code)
 
 
-def check_failed(tally: Tally, max_failed: float) -> None:
+def too_many_failed(tally: Tally, max_failed: float, then: str) -> TooManyFailed | None:
+    """The end of a run in which more rows failed than `max_failed`; `then` says what may be done."""
     kinds_failed = {kind: count for kind, count in tally.failed.items() if kind != "rejected"}  # it was drawn
     failed = sum(kinds_failed.values())
-    if failed > max_failed:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds_failed.items()))
-        raise TooManyFailed(
-            f"{failed} rows failed ({kinds}), run.max_failed allows {max_failed:g}; finished shards are kept "
-            "(batchsd run with a higher run.max_failed goes on)"
-        )
+    if failed <= max_failed:
+        return None
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds_failed.items()))
+    return TooManyFailed(f"{failed} rows failed ({kinds}), run.max_failed allows {max_failed:g}; {then}")
+
+
+def check_going(tally: Tally, shards: int, max_failed: float) -> None:
+    """Raises TooManyFailed where shards are left to draw; a run that has drawn all is finished first."""
+    then = "finished shards are kept (batchsd run with a higher run.max_failed goes on)"
+    if len(tally.done) < shards and (error := too_many_failed(tally, max_failed, then)):
+        raise error
+
+
+def all_drawn(tally: Tally, max_failed: float) -> TooManyFailed | None:
+    """How a run that has drawn all its shards ends, where too many of its rows failed."""
+    return too_many_failed(tally, max_failed, "all others are drawn (batchsd retry draws the failed ones again)")

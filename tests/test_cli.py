@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -100,10 +101,15 @@ def test_failed_rows_above_the_limit_end_in_1(
 ) -> None:
     prompts = ["a red cube", None, "", "a red cube", *["a blue cube"] * 4]
     pq.write_table(pa.table({"prompt": prompts}), "prompts.parquet")
-    assert batchsd("run", "job.toml") == 1
-    assert "1 rows failed (1 bad_input)" in capsys.readouterr().err
-    assert batchsd("run", "job.toml", "--set", "run.max_failed=1") == 0
-    assert "7 pictures, 1 failed (1 bad_input) in" in capsys.readouterr().out
+    run = partial(batchsd, "run", "job.toml", "--set", "output.rows_per_shard=8")
+    assert run() == 1
+    told = capsys.readouterr()
+    assert "1 rows failed (1 bad_input), run.max_failed allows 0.08; all others are drawn" in told.err
+    assert "7 pictures, 1 failed (1 bad_input) in" in told.out
+    assert run() == 1
+    assert "nothing to do" in capsys.readouterr().out
+    assert run("--set", "run.max_failed=1") == 0
+    assert "nothing to do" in capsys.readouterr().out
     table = pq.read_table("out/run1/data")
     assert table.column("status").to_pylist() == ["ok", "bad_input", *["ok"] * 6]
     assert table.column("image").null_count == 1

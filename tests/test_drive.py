@@ -182,6 +182,15 @@ def test_too_many_failed_rows_end_the_run_and_keep_what_is_done(tmp_path: Path) 
     assert json.loads((tmp_path / "__batchsd/SUCCESS.json").read_text())["failed"] == {"nan": 2}
 
 
+def test_too_many_in_the_last_shard_do_not_keep_the_run_from_its_end(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    total = run_all(store, SHARDS, nan_at(31), max_failed=0)
+    assert (total.ok, total.failed) == (31, {"nan": 1})
+    assert Ledger(store).succeeded()
+    ended = json.loads((tmp_path / "__batchsd/status.json").read_text())
+    assert (ended["state"], ended["exit_code"]) == ("done", 1) and "1 rows failed (1 nan)" in ended["reason"]
+
+
 def stopping(stop: Stop, at_row: int, slow: float = 0.0) -> Any:
     def record(request: Request) -> Record:
         if request.seed == at_row:

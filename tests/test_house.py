@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "estimate": "bench diffusion plugins prepare progress",
     "export": "card ledger marker reread store writer",
     "reread": "columns job ledger plan plugins published recipe store values",
-    "summary": "card contact ledger marker prepare progress revise stop",
+    "summary": "card contact ledger marker prepare progress revise",
     "status": "ledger lock marker progress store",
     "verify": "columns ledger marker store",
     "card": "columns ledger plan redact store",

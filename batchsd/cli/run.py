@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from batchsd.job import Job
     from batchsd.lock import Lock
+    from batchsd.marker import Tally
     from batchsd.place import Place
     from batchsd.prepare import Prepared
     from batchsd.revise import Beginning
@@ -92,7 +93,7 @@ def carry_out(job: Job, address: str | None, limit: int | None, begin: Begin) ->
     from batchsd.lock import Lock
     from batchsd.place import choose_place
     from batchsd.prepare import prepare
-    from batchsd.stop import Stop, deadline_of
+    from batchsd.stop import Stop, all_drawn, deadline_of
     from batchsd.store import open_store
     from batchsd.summary import complete
 
@@ -116,15 +117,21 @@ def carry_out(job: Job, address: str | None, limit: int | None, begin: Begin) ->
             first.check(parts[0].plan)  # a lock is nothing to leave in a folder that is not ours
         lock = stack.enter_context(Lock(first.store))
         begun = begin(parts)
-        text = complete(begun) if all(beginning.complete for beginning in begun) else draw(begun, place, stop, lock)
+        if all(beginning.complete for beginning in begun):
+            totals = [beginning.tally for beginning in begun]
+            text = complete(begun)
+        else:
+            totals, text = draw(begun, place, stop, lock)
         click.echo(text, file=out)
+        for beginning, total in zip(begun, totals, strict=True):
+            if error := all_drawn(total, beginning.prepared.max_failed):
+                raise error
 
 
-def draw(begun: Sequence[Beginning], place: Place, stop: Stop, lock: Lock) -> str:
-    """Drive the plans that are not complete, one after the other; give the last line for people."""
+def draw(begun: Sequence[Beginning], place: Place, stop: Stop, lock: Lock) -> tuple[list[Tally], str]:
+    """Drive the plans that are not complete, one after the other; give each plan's sum and the last line for people."""
     from batchsd.drive import drive
     from batchsd.marker import sum_of
-    from batchsd.stop import check_failed
     from batchsd.summary import made, to_do
 
     place.check_nodes(begun[-1].prepared.recipe)
@@ -139,6 +146,4 @@ def draw(begun: Sequence[Beginning], place: Place, stop: Stop, lock: Lock) -> st
             executor = place.executor(part.recipe, display.log, end)
             limits = (stop, part.max_failed, display.show, display.log, lock.check, beginning.revisions)
             totals.append(drive(part.ledger, part.plan, beginning.tally, part.shards, executor, *limits))
-    for beginning, total in zip(begun, totals, strict=True):
-        check_failed(total, beginning.prepared.max_failed)
-    return made(begun, sum_of(totals), time.monotonic() - began)
+    return totals, made(begun, sum_of(totals), time.monotonic() - began)
