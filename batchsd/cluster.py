@@ -13,6 +13,15 @@ from batchsd.types import InfrastructureError
 
 NODE_PATIENCE = 120.0  # seconds for a node to import what a question needs and answer it
 OBJECT_STORE = 128 * 2**20  # bytes; only tickets and events pass through it, never pictures
+# Ray's own, where the user has not set them.
+OPTIONS = {
+    "ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # its future default; else it warns
+    "USAGE_STATS_ENABLED": "0",
+    "worker_niceness": "0",  # of a private Ray; its 15 starves us on a busy machine
+    # A node's death is known after some missed health checks. Until then its actors are "unavailable", which after
+    # Ray's 1 s would look like a crash, and rows would be suspected of it.
+    "timeout_ms_task_wait_for_death_info": "90000",
+}
 
 T = TypeVar("T")
 
@@ -80,11 +89,8 @@ class Cluster:
         self._thread.join(timeout=5)
 
     def _hold(self) -> None:
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its future default; else it warns
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault(
-            "RAY_worker_niceness", "0"
-        )  # of a private Ray; its 15 starves us on a busy machine
+        for name, value in OPTIONS.items():
+            os.environ.setdefault(f"RAY_{name}", value)
         private: dict[str, Any] = {}
         if self.address == "local":
             private = {

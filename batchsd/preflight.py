@@ -83,7 +83,7 @@ def check_nodes(recipe: Recipe, everywhere: Everywhere) -> int:
 def differences(recipe: Recipe, here: Sight, node: str, there: Sight) -> list[str]:
     """Lines that say how `there`, seen from `node`, differs from `here`."""
     job = recipe.job
-    lines = [f"node {node}: {job.where(what)}: {text}" for what, text in there.trouble.items()]
+    lines = [f"node {node}: {job.where(what)}: {bare(job.where(what), text)}" for what, text in there.trouble.items()]
     if there.nonce != here.nonce and "output.uri" not in there.trouble:
         lines.append(
             f"node {node}: {job.where('output.uri')}: {recipe.uri} is another folder there, on a disk of its own; "
@@ -95,6 +95,11 @@ def differences(recipe: Recipe, here: Sight, node: str, there: Sight) -> list[st
             f"({there.checkpoint[:12]}, here {here.checkpoint[:12]})"
         )
     return lines + [f"node {node}: {line}" for line in differing(here.versions, there.versions)]
+
+
+def bare(where: str, text: str) -> str:
+    """A message without the setting that it begins with, told in either way."""
+    return text.removeprefix(f"{where}: ").removeprefix(f"{where.rpartition(' ')[2]}: ")
 
 
 def differing(here: Mapping[str, str], there: Mapping[str, str]) -> list[str]:

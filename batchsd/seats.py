@@ -230,6 +230,7 @@ def loss_of(error: BaseException) -> Loss:
         ("node was terminated", "node", "the worker's node is gone"),
         ("node has died", "node", "the worker's node is gone"),
         ("node is dead", "node", "the worker's node is gone"),
+        ("temporarily unavailable", "node", "the worker's node does not answer"),
         ("worker process has died", "crashed", "the worker's process was killed or crashed"),
     )
     for mark, kind, cause in accounts:
