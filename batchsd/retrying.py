@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -17,6 +18,7 @@ from batchsd.types import InfrastructureError
 Given = TypeVar("Given")
 
 WAITS = (2.0, 10.0)  # seconds between the tries
+WAVE = 1024  # small files, read again together where one of them fails
 
 
 class Retrying:
@@ -44,7 +46,9 @@ class Retrying:
         return self._tried(lambda: self._store.read(name))
 
     def read_each(self, names: Iterable[str]) -> Iterator[bytes | None]:
-        return map(self.read, names)
+        waiting = iter(names)
+        while wave := list(islice(waiting, WAVE)):
+            yield from self._tried(lambda: list(self._store.read_each(wave)))  # noqa: B023 (called at once)
 
     def open(self, name: str) -> BinaryIO | None:
         return self._tried(lambda: self._store.open(name))

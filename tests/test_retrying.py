@@ -63,3 +63,15 @@ def test_failures_of_many_workers_at_once_are_one() -> None:
         backoff.failed("full")
     backoff.worked()
     assert backoff.failed("full") == 2
+
+
+def test_a_wave_of_reads_is_tried_again_as_one(tmp_path: Path) -> None:
+    class Stumbling(Flaky):
+        def read(self, name: str) -> bytes | None:
+            self._maybe_fail()
+            return super().read(name)
+
+    LocalStore(tmp_path).put("b", b"2")
+    assert list(Retrying(Stumbling(tmp_path, 2), (0, 0)).read_each(["a", "b"])) == [None, b"2"]
+    with pytest.raises(InfrastructureError, match="no space left"):
+        list(Retrying(Stumbling(tmp_path, 3), (0, 0)).read_each(["a", "b"]))

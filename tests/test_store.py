@@ -119,3 +119,19 @@ def test_a_scratch_folder_elsewhere_is_where_files_are_built(tmp_path: Path) -> 
     assert store.publish([("staging/00007.abc/x.parquet", "data/x.parquet")])
     assert store.read("data/x.parquet") == b"x"
     assert list((tmp_path / "fast").iterdir()) == []
+
+
+def test_many_files_come_in_the_order_asked(store: Store) -> None:
+    for i in range(0, 1100, 100):
+        store.put(f"ledger/{i}.json", b"%d" % i)
+    asked = [f"ledger/{i}.json" for i in range(1100)]  # more than one wave of reads
+    assert list(store.read_each(asked)) == [b"%d" % i if i % 100 == 0 else None for i in range(1100)]
+
+
+def test_entries_leave_out_what_goes_meanwhile(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    for name in ("data/a/x", "data/a/y", "data/b"):
+        store.put(name, b"12")
+    (tmp_path / "data/gone").symlink_to(tmp_path / "nothing")
+    assert dict(store.entries("data")) == {"a/x": 2, "a/y": 2, "b": 2}
+    assert list(store.entries("data/b")) == list(store.entries("nowhere")) == []
