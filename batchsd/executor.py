@@ -18,6 +18,7 @@ from typing import Literal, Protocol
 
 from batchsd.bench import Drained, Order, Workbench
 from batchsd.deadlines import Deadline, Patience
+from batchsd.progress import Snapshot
 from batchsd.run import work
 from batchsd.types import BatchsdError, Event, InfrastructureError, Progress, ShardResult
 
@@ -62,6 +63,10 @@ class Dispatcher(Protocol):
 
     def tick(self) -> None:
         """To be called often: reports, and raises where the run must stop at once."""
+        ...
+
+    def snapshot(self) -> Snapshot:
+        """How far the run is."""
         ...
 
     @property

@@ -103,6 +103,7 @@ class Place:
         patience = Patience.of(self._job.run.timeout)
         if not self.on_ray:
             return InProcess(partial(recipe, device=self.crew.device), patience, end)
+        from batchsd.metrics import Measured, record_for
         from batchsd.seats import RayActors, Reserve
 
         self.connect().nodes()
@@ -110,7 +111,7 @@ class Place:
         build = partial(recipe, device=crew.device, threads=crew.threads)
         grows = self._job.ray.workers == "auto" and self._address != "local"
         reserve = Reserve(crew.cpus, crew.gpus, crew.threads, self._job.ray.wait, self._room if grows else None)
-        return RayActors(build, crew.workers, reserve, log, patience)
+        return Measured(RayActors(build, crew.workers, reserve, log, patience), record_for(self._job.output.uri))
 
     def _room(self) -> int:
         """How many workers the cluster has room for by now."""

@@ -99,6 +99,11 @@ class RayActors:
             for seat in self._seats:
                 self._dismiss(seat)
 
+    @property
+    def manned(self) -> tuple[int, int]:
+        """How many seats have a process that is up, and how many there are."""
+        return sum(seat.up for seat in self._seats), len(self._seats)
+
     def _add_seats(self, count: int) -> None:
         first = len(self._seats)
         self._seats += [Seat(number, Deadline(self._patience)) for number in range(first, first + count)]
@@ -190,7 +195,7 @@ class RayActors:
 
     def _look_for_room(self) -> None:
         """Now and then: who is missing, and whether there is room for more. Raises where nobody comes at all."""
-        now, up = time.monotonic(), sum(seat.up for seat in self._seats)
+        now, (up, _) = time.monotonic(), self.manned
         if up:
             self._any_up_at = now
         elif now - self._any_up_at > self._reserve.wait:

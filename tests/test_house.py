@@ -38,14 +38,15 @@ MAY_IMPORT = {
     "contact": "columns images store",
     "revise": "columns job ledger marker plan prepare published store",
     "doctor": "job model place preflight prepare recipe store",
-    "place": "cluster deadlines executor job preflight recipe seats",
+    "place": "cluster deadlines executor job metrics preflight recipe seats",
+    "metrics": "bench executor progress",
     "preflight": "job model recipe store",
     "seats": "actor bench deadlines executor",
     "cluster": "executor",
     "actor": "bench executor run",
     "drive": "dispatch executor ledger marker plan progress stop",
     "dispatch": "bench executor ledger marker memory plan progress retrying stop",
-    "executor": "bench deadlines run",
+    "executor": "bench deadlines progress run",
     "memory": "ledger lock plan poison",
     "poison": "",
     "deadlines": "",
@@ -124,7 +125,7 @@ MAY_IMPORT = {
 
 # What comes from outside, and the rooms that may import it at all (strict where a room is its one door).
 DOORS = {
-    "ray": "cluster seats",
+    "ray": "cluster metrics seats",
     "transformers": "model training",
     "diffusers": "",
     "safetensors": "model training",
