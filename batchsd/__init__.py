@@ -1,12 +1,13 @@
 """batchsd: a Parquet manifest of prompts in, a dataset of pictures out.
 
 The front door for plugin authors: decorate functions with `hookimpl`, build on the names below, and test
-with `batchsd.testing`. Importing batchsd pulls in neither torch nor ray; `Scheduler` loads torch and `row_values`
-pyarrow when they are first asked for.
+with `batchsd.testing`. Importing batchsd pulls in neither torch nor ray nor numpy; what needs more (`LATER`) is loaded
+when it is first asked for.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -31,6 +32,7 @@ from batchsd.types import (
 
 if TYPE_CHECKING:
     from batchsd.columns import row_values
+    from batchsd.diffusion.levels import Level, Levels
     from batchsd.diffusion.scheduler import Scheduler
 
 __version__ = "0.1.0"  # pyproject.toml reads it from here
@@ -43,6 +45,8 @@ __all__ = [
     "Branch",
     "Conditioning",
     "Filter",
+    "Level",
+    "Levels",
     "ModelFacts",
     "Progress",
     "Record",
@@ -62,13 +66,16 @@ __all__ = [
 ]
 
 
+LATER = {
+    "Level": "batchsd.diffusion.levels",
+    "Levels": "batchsd.diffusion.levels",
+    "Scheduler": "batchsd.diffusion.scheduler",
+    "row_values": "batchsd.columns",
+}
+"""Names whose modules take numpy or pyarrow along, and the modules."""
+
+
 def __getattr__(name: str) -> Any:
-    if name == "Scheduler":
-        from batchsd.diffusion.scheduler import Scheduler
-
-        return Scheduler
-    if name == "row_values":
-        from batchsd.columns import row_values
-
-        return row_values
+    if name in LATER:
+        return getattr(import_module(LATER[name]), name)
     raise AttributeError(f"module 'batchsd' has no attribute {name!r}")

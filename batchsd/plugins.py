@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import MappingProxyType
@@ -224,20 +224,29 @@ def _check_aliases(schedulers: Mapping[str, Any], owners: Mapping[tuple[str, str
 
 def _scheduler_fault(name: str, thing: object) -> str | None:
     """What is wrong with it; a short walk is traced, so that one that fits no table is refused here."""
-    import numpy as np
-
-    from batchsd.diffusion.schedule import NoiseSchedule
     from batchsd.diffusion.scheduler import Scheduler
 
     if not isinstance(thing, Scheduler):
         return f"is {type(thing).__name__}, not a batchsd.Scheduler"
     if thing.name != name:
         return f"is a scheduler that calls itself {thing.name!r}; use one name"
+    if thing.refused:
+        return None
     try:
-        thing.program(NoiseSchedule(np.cumprod(1 - np.linspace(*BETAS, 1000))), steps=5)
+        thing.program(trial_schedule(), steps=5)
     except Exception as error:
         return f"cannot be used: {error if isinstance(error, UsageError) else cause(error)}"
     return None
+
+
+@cache
+def trial_schedule() -> Any:
+    """One for all trials, so that a scheduler which comes again is not traced again."""
+    import numpy as np
+
+    from batchsd.diffusion.schedule import NoiseSchedule
+
+    return NoiseSchedule(np.cumprod(1 - np.linspace(*BETAS, 1000)))
 
 
 def _task_fault(name: str, thing: object) -> str | None:

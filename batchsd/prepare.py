@@ -207,6 +207,10 @@ def check_registered(job: Job, registry: Registry) -> None:
     """Refuse a scheduler, task or sink that nobody brings, and settings that nothing acts on yet."""
     names = names_of(registry)
     check_names(job, "sampler.scheduler", names.schedulers)
+    said = registry.schedulers.get(job.sampler.scheduler)
+    if said is not None and said.refused:
+        where = job.where("sampler.scheduler")
+        raise UsageError(f"{where}: {job.sampler.scheduler!r} cannot run as a table: {said.refused}")
     check_names(job, "conditioning.task", names.tasks)
     check_names(job, "output.sink", registry.sinks)
     chosen(job, registry)

@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from batchsd.diffusion.levels import LevelMaker, on_sigmas
 from batchsd.diffusion.program import Program
@@ -45,7 +45,7 @@ NOT_BUILT: Mapping[tuple[str, Any], str] = {
     ("interpolation_type", "log_linear"): "not built",
     ("predict_x0", False): "UniPC on eps is not built",
 }
-"""Settings of scheduler_config.json that would change pictures and that no table here does.
+"""Settings of scheduler_config.json that would change pictures and that no table of ours does.
 
 `clip_sample` is not among them: diffusers' Stable Diffusion pipelines turn it off, and so do we.
 """
@@ -55,19 +55,23 @@ NOT_BUILT: Mapping[tuple[str, Any], str] = {
 class Scheduler:
     """A named way down from noise.
 
-    `keeps` names the estimate that its history holds: "x0", or "eps" for methods over slopes (LMS, PLMS).
-    `aliases` are its names elsewhere, `diffusers` the class that it equals. `calls` is network calls a step.
+    `keeps` names the estimate that its history holds: "x0", "eps" for methods over slopes (LMS, PLMS), or "either",
+    to try both. `aliases` are its names elsewhere, `diffusers` the class that it equals. `calls` is network calls a
+    step. `refuses` are settings of scheduler_config.json that it cannot follow, with the reasons. A scheduler that is
+    `refused` cannot run at all, and this says why: a job that names it is told so, not that the name is unknown.
     """
 
     name: str
     sampler: Sampler
     levels: LevelMaker = on_sigmas
-    keeps: Keeps = "x0"
+    keeps: Keeps | Literal["either"] = "x0"
     defaults: Mapping[str, Any] = field(default_factory=dict)
     preset: Mapping[str, Any] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     diffusers: str = ""
     calls: int = 1
+    refuses: Mapping[tuple[str, Any], str] = field(default_factory=lambda: NOT_BUILT)
+    refused: str = ""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -86,6 +90,8 @@ class Scheduler:
         `options` of None or "" mean "as the checkpoint says". The last thousand programs are kept, by the
         identity of `schedule`. Raises UsageError: unknown options or values, a sampler that is not linear.
         """
+        if self.refused:
+            raise UsageError(f"scheduler {self.name!r} cannot run as a table: {self.refused}")
         if isinstance(schedule, Mapping):
             schedule = NoiseSchedule.from_config(schedule)
         given = {k: v for k, v in options.items() if v is not None and v != ""}
@@ -99,7 +105,7 @@ class Scheduler:
                 raise UsageError(
                     f"sampler.{name}: scheduler {self.name!r} has no such option; have {', '.join(known)}"
                 )
-        for (key, value), reason in NOT_BUILT.items():
+        for (key, value), reason in self.refuses.items():
             if schedule.config.get(key) == value:
                 raise UsageError(f"scheduler_config.json: {key}: {value!r}: {reason}; take this setting out")
         read = {k: v for k, v in config_options(schedule.config).items() if k in known}

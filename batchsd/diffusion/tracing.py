@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ TOLERANCE = 1e-11
 """What a line may leave over, relative to its largest coefficient: rounding, not a term."""
 
 Keeps = Literal["x0", "eps"]
+KEEPS: tuple[Keeps, ...] = ("x0", "eps")
 
 
 class Nonlinear(Exception):
@@ -141,27 +143,36 @@ class Tracer:
 
 
 def trace(
-    name: str, sampler: Sampler, levels: Levels, prediction_type: str, keeps: Keeps, **options: Any
+    name: str, sampler: Sampler, levels: Levels, prediction_type: str, keeps: Keeps | Literal["either"], **options: Any
 ) -> Program:
     """Run `sampler` once on symbols and write down its table.
 
-    `keeps` says which estimate its history holds. Raises UsageError, naming the sampler and the reason, if
-    a line cannot say what it does.
+    `keeps` says which estimate its history holds; "either" tries both. Raises UsageError, naming the sampler and the
+    reason, if a line cannot say what it does.
     """
-    tracer = Tracer(keeps)
-    try:
-        last = sampler(tracer, Symbol(np.ones(1)), levels, tracer.noise, **options)
-        if not isinstance(last, Symbol) or not tracer.calls:
-            raise Nonlinear("returns no latent that it made from the network's outputs")
-        if not is_start(tracer.calls[0][0]):
-            raise Nonlinear("moves x before its first network call")
-        lines = [read_line(tracer, i, padded(last.vector, tracer.size)) for i in range(len(tracer.calls))]
-    except Nonlinear as reason:
-        raise UsageError(
-            f"scheduler {name!r} cannot run as a table: {sampler_name(sampler)} {reason}. "
-            "A sampler must be linear in x, the network's outputs and the noise"
-        ) from None
-    return assemble(tracer, lines, levels, prediction_type)
+    reasons = []
+    for kept in KEEPS if keeps == "either" else (keeps,):
+        tracer = Tracer(kept)
+        try:
+            lines = read_lines(tracer, sampler, levels, options)
+        except Nonlinear as reason:
+            reasons.append(reason)
+            continue
+        return assemble(tracer, lines, levels, prediction_type)
+    raise UsageError(
+        f"scheduler {name!r} cannot run as a table: {sampler_name(sampler)} {reasons[0]}. "
+        "A sampler must be linear in x, the network's outputs and the noise"
+    )
+
+
+def read_lines(tracer: Tracer, sampler: Sampler, levels: Levels, options: Mapping[str, Any]) -> list[np.ndarray]:
+    """Walk the sampler on symbols, and read each call's line. Raises Nonlinear."""
+    last = sampler(tracer, Symbol(np.ones(1)), levels, tracer.noise, **options)
+    if not isinstance(last, Symbol) or not tracer.calls:
+        raise Nonlinear("returns no latent that it made from the network's outputs")
+    if not is_start(tracer.calls[0][0]):
+        raise Nonlinear("moves x before its first network call")
+    return [read_line(tracer, i, padded(last.vector, tracer.size)) for i in range(len(tracer.calls))]
 
 
 def is_start(vector: np.ndarray) -> bool:
