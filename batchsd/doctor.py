@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from batchsd.access import mode_here, warning
 from batchsd.job import Job, model_path
 from batchsd.place import cpus_here
 from batchsd.preflight import differing
@@ -40,13 +41,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What a node says of itself. `gpus` are names and total bytes."""
+    """What a node says of itself. `gpus` are names and total bytes, `mode` whether Ray there asks for a token."""
 
     host: str
     versions: Mapping[str, str]
     cuda: str
     gpus: tuple[tuple[str, int], ...]
     devices: int
+    mode: str = "token"
 
 
 def node_facts() -> NodeFacts:
@@ -57,7 +59,7 @@ def node_facts() -> NodeFacts:
     properties = [torch.cuda.get_device_properties(i) for i in seen]
     devices = len(list(Path("/dev").glob("nvidia[0-9]*")))
     gpus = tuple((entry.name, entry.total_memory) for entry in properties)
-    return NodeFacts(socket.gethostname(), versions(), torch.version.cuda or "", gpus, devices)
+    return NodeFacts(socket.gethostname(), versions(), torch.version.cuda or "", gpus, devices, mode_here())
 
 
 def findings(groups: Iterable[Callable[[], Iterator[Finding]]]) -> Iterator[Finding]:
@@ -137,27 +139,20 @@ Everywhere = Callable[[Callable[[], NodeFacts]], Mapping[str, NodeFacts]]  # as 
 
 def cluster(everywhere: Everywhere, address: str) -> Iterator[Finding]:
     """Every node's versions and devices against this one's, and who may talk to the cluster."""
-    mine = versions()
-    for node, facts in sorted(everywhere(node_facts).items()):
+    mine, answers = versions(), everywhere(node_facts)
+    for node, facts in sorted(answers.items()):
         found = device_finding(facts)
         yield Finding(found.state, f"node {node}: {found.text}", found.exit_code)
         for line in differing(mine, facts.versions):
             yield Finding("bad", f"node {node}: {line}", 2)
-    if open_to_all(address, os.environ):
-        yield Finding("note", UNAUTHENTICATED.format(address=address))
+    open_to_all = warning(address, {node: facts.mode for node, facts in answers.items()})
+    yield Finding("note", open_to_all) if open_to_all else Finding("ok", f"Ray at {address}: {guarded(answers)}")
 
 
-UNAUTHENTICATED = (
-    "Ray at {address} takes orders from anyone who reaches it: set RAY_AUTH_MODE=token on every node, or keep its "
-    "ports behind a firewall"
-)
-
-
-def open_to_all(address: str, environ: Mapping[str, str]) -> bool:
-    """Whether a cluster listens beyond this machine without asking for a token."""
-    host = address.rpartition(":")[0] or address
-    loopback = host in ("local", "localhost", "::1") or host.startswith("127.")
-    return not loopback and environ.get("RAY_AUTH_MODE", "") != "token"
+def guarded(answers: Mapping[str, NodeFacts]) -> str:
+    """Why no stranger gives orders."""
+    every = all(facts.mode == "token" for facts in answers.values())
+    return "every node asks for a token" if every else "it listens on this machine alone"
 
 
 def worst(found: Iterable[Finding]) -> int:

@@ -13,6 +13,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from batchsd.access import CURRENT_CLUSTER, check_access, is_node, warning
 from batchsd.deadlines import Patience
 from batchsd.executor import Executor, InProcess
 from batchsd.job import Job
@@ -21,8 +22,6 @@ from batchsd.types import InfrastructureError, UsageError
 if TYPE_CHECKING:
     from batchsd.cluster import Cluster
     from batchsd.recipe import Recipe
-
-CURRENT_CLUSTER = Path("/tmp/ray/ray_current_cluster")  # `ray start` writes its address here
 
 
 @dataclass(frozen=True)
@@ -87,16 +86,25 @@ class Place:
         if self._cluster is None:
             from batchsd.cluster import Cluster
 
-            private = self._address == "local"
+            private, ray = self._address == "local", self._job.ray
+            if not private:
+                where = self._job.where("ray.allow_unauthenticated")
+                inside = is_node(self._address)
+                check_access(self._address, ray.allow_unauthenticated, where, os.environ, inside)
             self._cluster = Cluster(self._address, max(cpus_here(), self.workers) if private else None)
         return self._cluster
 
-    def check_nodes(self, recipe: Recipe) -> None:
-        """On more than one node: every one sees the output, the model and the manifest. Raises UsageError."""
+    def check_nodes(self, recipe: Recipe) -> str:
+        """On a cluster: every node sees the output, the model and the manifest. Raises UsageError.
+
+        Gives a warning where the cluster takes orders from anyone, else "".
+        """
         if self.on_ray and self._address != "local":
             from batchsd.preflight import check_nodes
 
-            check_nodes(recipe, self.connect().on_every_node)
+            sights = check_nodes(recipe, self.connect().on_every_node)
+            return warning(self._address, {node: sight.mode for node, sight in sights.items()})
+        return ""
 
     def executor(self, recipe: Recipe, log: Callable[[str], None], end: Callable[[str], None]) -> Executor:
         """The workers, once the plan is made; waits for Ray to be up. `end` ends a process that hangs."""
@@ -166,11 +174,12 @@ def size_crew(
 ) -> tuple[Crew, str]:
     """The crew that fits `nodes` (Ray's CPU and GPU counts of each), and a line where that is less than asked.
 
-    Of a cluster that `grows` an explicit number of workers is taken as it is: nodes may come later. Raises
-    InfrastructureError where a GPU is needed and there is none: Ray would wait for ever, silently.
+    Of a cluster that `grows` an explicit number of workers is taken as it is: nodes may come later. There "auto" means
+    GPUs: a hundred CPU nodes are more often a mistake than a wish. Raises InfrastructureError where a GPU is needed
+    and there is none: Ray would wait for ever, silently.
     """
     cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
-    wants_gpu = device not in ("auto", "cpu") or (device == "auto" and gpus > 0)
+    wants_gpu = device not in ("auto", "cpu") or (device == "auto" and (gpus > 0 or grows))
     waits = grows and workers != "auto"
     if wants_gpu and gpus_per_worker > 0:
         seats = [gpu_seats(node.get("GPU", 0.0), gpus_per_worker) for node in nodes]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+from batchsd.access import mode_here
 from batchsd.job import model_extras, model_path
 from batchsd.model.fingerprint import checkpoint_hash
 from batchsd.recipe import Recipe, versions
@@ -24,13 +25,14 @@ from batchsd.types import BatchsdError, UsageError
 class Sight:
     """What one node sees. `nonce` is the text it found in the run folder, "" for none; `checkpoint` is a hash.
 
-    `trouble` says what could not be read at all, by what it is.
+    `trouble` says what could not be read at all, by what it is. `mode` is `access.mode_here`'s.
     """
 
     versions: Mapping[str, str]
     nonce: str
     checkpoint: str
     trouble: Mapping[str, str]
+    mode: str = "token"
 
 
 Everywhere = Callable[[Callable[[], Sight]], Mapping[str, Sight]]
@@ -59,11 +61,11 @@ def look(recipe: Recipe, name: str) -> Sight:
     nonce = seen("output.uri", lambda: (open_store(recipe.uri).read(name) or b"").decode())
     checkpoint = seen("model.path", lambda: checkpoint_hash(model_path(job), model_extras(job)))
     seen("input.manifest", manifest)
-    return Sight(versions(), nonce, checkpoint, trouble)
+    return Sight(versions(), nonce, checkpoint, trouble, mode_here())
 
 
-def check_nodes(recipe: Recipe, everywhere: Everywhere) -> int:
-    """The number of nodes, all of which see what the driver sees.
+def check_nodes(recipe: Recipe, everywhere: Everywhere) -> Mapping[str, Sight]:
+    """What each node sees, which is what the driver sees.
 
     Raises UsageError with one line a difference, naming the node and the path.
     """
@@ -77,7 +79,7 @@ def check_nodes(recipe: Recipe, everywhere: Everywhere) -> int:
     lines = [line for node, sight in sorted(sights.items()) for line in differences(recipe, expected, node, sight)]
     if lines:
         raise UsageError("not every node sees what this one sees:\n  " + "\n  ".join(lines))
-    return len(sights)
+    return sights
 
 
 def differences(recipe: Recipe, here: Sight, node: str, there: Sight) -> list[str]:

@@ -210,3 +210,6 @@ class Ray(Section):
     wait: Annotated[float, Field(ge=0)] = Field(
         default=600, description="seconds without any worker, after which the run gives up"
     )
+    allow_unauthenticated: bool = Field(
+        default=False, description="join a cluster from outside though it asks for no token"
+    )

@@ -104,6 +104,17 @@ def test_a_cluster_that_grows_is_taken_at_its_word() -> None:
         size_crew("auto", 1, "cuda", [{"CPU": 8}], grows=True)
 
 
+def test_a_cluster_without_gpus_draws_on_cpus_only_where_the_job_says_so() -> None:
+    with pytest.raises(InfrastructureError, match="has 0 on 2 nodes; add one with GPUs, or set model.device = 'cpu'"):
+        size_crew("auto", 1, "auto", [HEAD, {"CPU": 8}], grows=True)
+    crew, _ = size_crew(4, 1, "auto", [HEAD], grows=True)  # they may come: it asks for them, not for CPUs
+    assert (crew.workers, crew.gpus, crew.device) == (4, 1, "cuda")
+    crew, _ = size_crew("auto", 1, "cpu", [HEAD, {"CPU": 8}], grows=True)
+    assert (crew.workers, crew.gpus, crew.device) == (1, 0, "cpu")
+    crew, _ = size_crew("auto", 1, "auto", [{"CPU": 8}], grows=False)  # a laptop
+    assert crew.device == "cpu"
+
+
 def test_a_gpu_that_is_not_there_is_an_error_not_a_wait() -> None:
     with pytest.raises(InfrastructureError, match="needs 1 GPU .* has 0 "):
         size_crew("auto", 1, "cuda", [{"CPU": 8}], grows=False)

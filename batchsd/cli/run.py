@@ -134,7 +134,8 @@ def draw(begun: Sequence[Beginning], place: Place, stop: Stop, lock: Lock) -> tu
     from batchsd.marker import sum_of
     from batchsd.summary import made, to_do
 
-    place.check_nodes(begun[-1].prepared.recipe)
+    if warning := place.check_nodes(begun[-1].prepared.recipe):
+        say(f"note: {warning}")
     say(f"{to_do(begun)}; {place.describe()}")
     began, totals = time.monotonic(), []
     with Display() as display:
