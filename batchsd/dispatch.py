@@ -214,7 +214,8 @@ class Drive:
             | {
                 "rows": now.planned,
                 "done": now.done,
-                "failed": {kind: count for kind, count in now.failed.items() if count},
+                "failed": {kind: count for kind, count in now.failed.items() if count and kind != "rejected"},
+                "rejected": self.tally.rejected,
                 "pictures_per_second": round(now.rate, 3),
                 "seconds": round(now.seconds, 1),
             }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from batchsd.types import UsageError
@@ -50,6 +50,24 @@ class Bound:
         if OPERATORS[self.sign](value, self.number):
             return None
         return f"{self.name} is {value:.6g}, wanted {self.sign} {self.number:g}"
+
+    def gave(self, reason: str) -> bool:
+        """Whether this comparison rejected a picture for that reason."""
+        return reason.startswith(f"{self.name} is ") and reason.endswith(f", wanted {self.sign} {self.number:g}")
+
+
+def reason_of(name: str, reason: str) -> str:
+    """What a row says that the filter `name` rejected."""
+    return f"{name}: {reason}"
+
+
+def rejected_by(reason: str, filters: Sequence[str]) -> str:
+    """Which entry of output.filters gave that reason to reject a picture; "" where none of these did."""
+    for text in filters:
+        one = parse(text, "output.filters")
+        if one.gave(reason) if isinstance(one, Bound) else reason.startswith(reason_of(one.name, "")):
+            return text
+    return ""
 
 
 def parse(text: str, where: str) -> Named | Bound:

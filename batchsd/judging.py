@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from batchsd.figures import moments
-from batchsd.filters import Bound, Named, parse
+from batchsd.filters import Bound, Named, parse, reason_of
 from batchsd.job import Job
 from batchsd.job_errors import have, suggestion
 from batchsd.model.fingerprint import content_hash
@@ -245,7 +245,7 @@ def judging(choices: Choices, device: str, out_of_memory: Callable[[BaseExceptio
     if not choices.scores and not choices.filters:
         return None
     scores = {choice.name: load(choice, checked_score) for choice in choices.scores}
-    filters = [one if isinstance(one, Bound) else load(one, checked_reason) for one in choices.filters]
+    filters = [one if isinstance(one, Bound) else load(one, checked_reason(one.name)) for one in choices.filters]
     return Judging(scores, filters, choices.keep_rejected)
 
 
@@ -261,8 +261,17 @@ def checked_score(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def checked_reason(value: Any) -> str | None:
-    """A text, or None. Raises TypeError: True would be read either way."""
-    if value is not None and not (isinstance(value, str) and value):
-        raise TypeError(f"a filter gives the reason to reject a picture, a text, or None; not {value!r}")
-    return value
+def checked_reason(name: str) -> Callable[[Any], str | None]:
+    """Of a filter's answer: a text, with the filter's name before it, or None. Raises TypeError for anything else.
+
+    True would be read either way.
+    """
+
+    def checked(value: Any) -> str | None:
+        if value is None:
+            return None
+        if not isinstance(value, str) or not value:
+            raise TypeError(f"a filter gives the reason to reject a picture, a text, or None; not {value!r}")
+        return reason_of(name, value)
+
+    return checked

@@ -185,8 +185,7 @@ class Ledger:
             "plans": [before.hash for before in plans if before is not None] + [plan.hash],
             "shards": sum(len(part.done) for part in (*sums, total)),
             "rows": tally.rows,
-            "ok": tally.ok,
-            "failed": dict(tally.failed),
+            **tally.fates(),
         }
         self.store.put(SUCCESS, json.dumps(summary, indent=1).encode())
 

@@ -38,13 +38,27 @@ class Tally:
     done: set[int] = field(default_factory=set)
     rows: int = 0
     ok: int = 0
-    failed: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)  # all that are not ok, rejected ones among them
 
     def add(self, marker: Marker) -> None:
         self.done.add(marker.shard)
         self.rows += marker.rows
         self.ok += marker.ok
         self.failed.update(marker.failed)
+
+    @property
+    def failures(self) -> Counter[str]:
+        """Failed rows by kind. A rejected row is none: it was drawn."""
+        return Counter({kind: count for kind, count in self.failed.items() if kind != "rejected"})
+
+    @property
+    def rejected(self) -> int:
+        """Rows whose pictures the job's filters did not let pass."""
+        return self.failed["rejected"]
+
+    def fates(self) -> dict[str, Any]:
+        """The counts as JSON files tell them."""
+        return {"ok": self.ok, "failed": dict(self.failures), "rejected": self.rejected}
 
 
 def sum_of(tallies: Iterable[Tally]) -> Tally:

@@ -14,7 +14,7 @@ from batchsd.columns import MANIFEST, ON_REQUEST, OURS
 from batchsd.ledger import place_of
 from batchsd.store import Store
 from batchsd.types import Record, Request, Shard, Sink
-from batchsd.values import remembered
+from batchsd.values import Wanted, remembered
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,12 +28,12 @@ class Rereads(Protocol):
     """A sink whose files can be read back. Of other sinks a revision redraws whole shards."""
 
     def reread(
-        self, open_file: OpenFile, name: str, schema: pa.Schema, pictures: bool
+        self, open_file: OpenFile, name: str, schema: pa.Schema, pictures: Wanted
     ) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """The rows of shard `name` in order: their numbers within it, and their values by output column.
+        """The rows of shard `name` in order: their numbers within it, and their values by the columns of `schema`.
 
-        A layout may leave out what it does not hold, and hold values as JSON has them. The picture's value is
-        `{"bytes", "path"}`; it may be left out unless `pictures`.
+        A layout may leave out what it does not hold, give more than was asked, and hold values as JSON has them. The
+        picture's value is `{"bytes", "path"}`; its bytes may be left out of rows that `pictures` does not want.
         """
         ...
 
@@ -61,10 +61,11 @@ class Row:
         return Record(request, ours["status"], ours.get("error"), **found, **size, **remembered(ours))
 
 
-def reread(store: Store, sink: Sink, shard: Shard, schema: pa.Schema, pictures: bool) -> Iterator[Row]:
+def reread(store: Store, sink: Sink, shard: Shard, schema: pa.Schema, pictures: Wanted) -> Iterator[Row]:
     """The published rows of a shard, in order; none of a sink that does not read back.
 
-    `schema` is the run's. A shard that lost rows ends where the first one is missing.
+    `schema` is the run's, or those columns of it that are wanted, the picture's among them. A shard that lost rows
+    ends where the first one is missing.
     """
     if not isinstance(sink, Rereads):
         return

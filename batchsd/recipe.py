@@ -34,6 +34,8 @@ from batchsd.types import Sink, UsageError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from batchsd.engine import Engine
+
 PACKAGES = ("torch", "ray", "transformers", "pyarrow", "pillow")
 WHO = ("host", "pid")  # facts of a marker that say who drew, not how
 
@@ -54,30 +56,11 @@ class Recipe:
         """Load plugins and model, make the engine. `device` is over the job's; `threads` 0: torch's own."""
         import torch
 
-        from batchsd.encode import encoder
-        from batchsd.engine import Engine
-        from batchsd.model.checkpoint import load
-        from batchsd.network import out_of_memory, repeatable
+        from batchsd.network import out_of_memory
 
-        job = self.job
-        if job.run.deterministic:
-            repeatable()
-            threads = FIXED_THREADS
-        if threads:
-            torch.set_num_threads(threads)
-        registry = plugins.build(self.plugins, Path())
-        path = model_path(job)
-        self.refuse_another(path)
-        model = load(path, self.dtype, device or job.model.device, **model_options(job))
-        engine = Engine(
-            model,
-            schedulers=registry.schedulers,
-            tasks=registry.tasks,
-            encode=encoder(job.output.image.options()),
-            settings=engine_settings(job),
-            prompts=prompts_for(model, job.conditioning.prompt_syntax, job.conditioning.long_prompts),
-            judge=judging(chosen(job, registry), str(model.device), out_of_memory),
-        )
+        job, registry = self.job, plugins.build(self.plugins, Path())
+        engine = self.engine(registry, device, threads)
+        engine.judge = judging(chosen(job, registry), str(engine.device), out_of_memory)
         return Workbench(
             generate=engine.generate,
             read=self.reader(registry).read,
@@ -90,15 +73,42 @@ class Recipe:
             beat=lambda: engine.meter.network_calls + engine.meter.pictures,
             facts={
                 **versions(),
-                **cuda_versions(model.device),
+                **cuda_versions(engine.device),
                 "host": platform.node(),
                 "pid": os.getpid(),
                 "dtype": self.dtype,
-                "device": device_name(model.device),
+                "device": device_name(engine.device),
                 "backend": job.model.backend,
                 "batch_size": engine.settings.lanes or "auto",
                 "threads": torch.get_num_threads(),
             },
+        )
+
+    def engine(self, registry: Registry, device: str = "", threads: int = 0) -> Engine:
+        """The engine alone, without the job's scores and filters; see `__call__`."""
+        import torch
+
+        from batchsd.encode import encoder
+        from batchsd.engine import Engine
+        from batchsd.model.checkpoint import load
+        from batchsd.network import repeatable
+
+        job = self.job
+        if job.run.deterministic:
+            repeatable()
+            threads = FIXED_THREADS
+        if threads:
+            torch.set_num_threads(threads)
+        path = model_path(job)
+        self.refuse_another(path)
+        model = load(path, self.dtype, device or job.model.device, **model_options(job))
+        return Engine(
+            model,
+            schedulers=registry.schedulers,
+            tasks=registry.tasks,
+            encode=encoder(job.output.image.options()),
+            settings=engine_settings(job),
+            prompts=prompts_for(model, job.conditioning.prompt_syntax, job.conditioning.long_prompts),
         )
 
     def refuse_another(self, path: Path) -> None:

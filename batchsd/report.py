@@ -1,7 +1,7 @@
 """A run on one HTML page that needs nothing else: sheets of small pictures, figures, failures, the exact job.
 
-Prompts, ids and errors are other people's text: the template escapes all of it, and the page's own policy lets
-no script run and nothing load. The same run gives the same page.
+Prompts, ids and errors are other people's text: the template escapes and isolates all of it, and the page's own policy
+lets no script run and nothing load. The same run gives the same page.
 """
 
 from __future__ import annotations
@@ -9,172 +9,207 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from batchsd.alike import APART
 from batchsd.marker import sum_of
 from batchsd.redact import redact
-from batchsd.reread import open_run, records, schema_of, shards
+from batchsd.reread import WrittenShard, open_run, rows, schema_of, shards
 from batchsd.store import Store, open_store
-from batchsd.types import Record
+from batchsd.survey import GROUP, GROUPS, Place, key, survey
+from batchsd.values import SCORE
 
-MOST, RANDOM, EACH, KEYS = 400, 120, 24, 20  # pictures on the page, in a sheet; row keys a kind of failure
-SIDE, BARS = 160, 24  # pixels of a thumbnail, bars of a histogram
-GUIDANCE = ((0, 1), (1, 3), (3, 6), (6, 10), (10, float("inf")))
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from batchsd.plan import Plan
+    from batchsd.published import Row
+
+REPORT = "report.html"
+SIDE, QUALITY = 160, 75  # pixels of a thumbnail; of its WebP
+BARS, TEXT = 24, 400  # bars of a histogram; characters of a text that are shown
+AT_ONCE = 32  # pictures held while their thumbnails are made
+
+# Control characters, and those that turn the direction of writing: they would change how the text round them reads.
+_CONTROLS = (*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+SPELT = {code: f"\\u{code:04x}" for code in _CONTROLS}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tile:
-    """A picture as the page shows it: WebP in base64, what was asked, and how it was drawn."""
+    """A picture as the page shows it: WebP in base64 ("": it cannot be read), what was asked, how it was drawn."""
 
     data: str
     key: str
     prompt: str
     settings: str
+    kind: tuple[str, str]
 
 
-@dataclass
-class Sample:
-    """`most` of a stream, all equally likely (reservoir sampling), in the order in which they came."""
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A strip as the page shows it: its row, and (label, WebP in base64) of each frame; or why there is none."""
 
-    most: int
-    random: Random
-    seen: int = 0
-    kept: list[tuple[int, Record]] = field(default_factory=list)
-
-    def add(self, record: Record) -> None:
-        self.seen += 1
-        if len(self.kept) < self.most:
-            self.kept.append((self.seen, record))
-        elif (place := self.random.randrange(self.seen)) < self.most:
-            self.kept[place] = (self.seen, record)
-
-    def tiles(self) -> list[Tile]:
-        return [tile(record) for _, record in sorted(self.kept, key=lambda pair: pair[0])]
+    tile: Tile
+    frames: Sequence[tuple[str, str]]
+    said: str
 
 
-@dataclass
-class Figures:
-    """Numbers of every picture, and every failure by kind."""
-
-    numbers: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    failures: dict[str, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
-    kinds: Counter[str] = field(default_factory=Counter)
-
-    def add(self, record: Record) -> None:
-        if record.image is None:
-            self.kinds[record.status] += 1
-            if len(self.failures[record.status]) < KEYS:
-                self.failures[record.status].append((record.request.key, record.error or ""))
-            return
-        request = record.request
-        mean, deviation = brightness(record.image)
-        measured = {
-            "brightness (mean of a picture's grey values)": mean,
-            "contrast (their deviation; 0 is flat)": deviation,
-            "steps": request.steps,
-            "guidance scale": request.guidance_scale,
-            "kilobytes of a picture's file": len(record.image) / 1000,
-        }
-        for name, value in measured.items():
-            self.numbers[name].append(value)
-
-
-def write_report(run: str, target: Store, file: str) -> tuple[int, int]:
+def write_report(
+    run: str, target: Store, file: str, most_rows: int, strips: int = 0, seconds: float | None = None
+) -> tuple[int, int]:
     """Write the page of a run (finished or not) to `file` in `target`; give its pictures, and its bytes.
 
-    Raises UsageError where no shard is done yet.
+    `most_rows` are looked at; `strips` rows are drawn again, if that takes no longer than `seconds`. Raises UsageError
+    where no shard is done yet, or its layout does not read back.
     """
-    import jinja2
-
     plan, plans = open_run(run)
     written = shards(run)
-    metadata = json.loads(schema_of(run).metadata[b"batchsd"])
-    figures, sheets = gather((record for shard in written for record in records(shard)), plan.hash)
-    shown = [(title, sample.seen, sample.tiles()) for title, sample in sheets]
+    found = survey(written, plan.hash, most_rows)
+    sheets, alike = list(found.sheets()), found.alike()
+    groups = [(len(group), group[:GROUP]) for group in alike[:GROUPS]]
+    wanted = {place for sheet in sheets for place in sheet.places} | {p for _, places in groups for p in places}
+    tiles = tiles_of(written, wanted)
+    random = {place: tiles[place] for place in sheets[0].places}
+    drawn, left_out = strips_of(run, written, random, strips, seconds)
     everything = [standing for ledger in plans if (standing := ledger.plan())]
-    files = [file for standing in everything for file in standing.files]
-    total = sum_of(ledger.tally() for ledger in plans)
-    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template)
-    text = page.render(
+    metadata = json.loads(schema_of(run).metadata[b"batchsd"])
+    text = page(
         name=open_store(run).uri.rpartition("/")[2],
         plan=plan,
-        total=total,
-        rows=sum(standing.rows for standing in everything),
+        total=sum_of(ledger.tally() for ledger in plans),
+        planned=sum(standing.rows for standing in everything),
         shards=sum(standing.shards for standing in everything),
         done=len(written),
-        figures=figures,
-        histograms=[(name, histogram(values)) for name, values in figures.numbers.items()],
-        sheets=shown,
+        found=found,
+        sheets=[(sheet.title, sheet.seen, [tiles[place] for place in sheet.places]) for sheet in sheets],
+        groups=[(size, [tiles[place] for place in places]) for size, places in groups],
+        alike=(len(alike), sum(map(len, alike)), APART),
+        strips=drawn,
+        left_out=left_out,
+        histograms=[(name, histogram(values)) for name, values in found.numbers.items() if min(values) < max(values)],
+        same=[(name, values[0]) for name, values in found.numbers.items() if min(values) == max(values)],
         model=metadata.get("model"),
-        job=json.dumps(redact(dict(plan.job)), indent=1),
-        facts=json.dumps({"hard": plan.hard, "soft": plan.soft, "input": files}, indent=1),
+        job=json.dumps(redact(dict(plan.job)), indent=1, ensure_ascii=False),
+        facts=json.dumps(redact(facts(written, plan, everything)), indent=1, ensure_ascii=False),
     )
     data = text.encode("utf-8", errors="replace")
     target.put(file, data)
-    return sum(len(tiles) for _, _, tiles in shown), len(data)
+    return text.count("<img "), len(data)
 
 
-def gather(rows: Iterable[Record], seed: str) -> tuple[Figures, list[tuple[str, Sample]]]:
-    """One pass over all rows: the figures, and the sheets (title and sample), at most `MOST` pictures."""
-    random = Random(seed)
-    figures, everything = Figures(), Sample(RANDOM, random)
-    parts: dict[str, dict[str, Sample]] = {"sampler": {}, "guidance": {}}
-    for record in rows:
-        figures.add(record)
-        if record.image is None:
-            continue
-        everything.add(record)
-        for part, name in (("sampler", record.request.scheduler), ("guidance", band(record.request.guidance_scale))):
-            parts[part].setdefault(name, Sample(EACH, random)).add(record)
-    sheets = [("Random", everything)]
-    left = MOST - len(everything.kept)
-    for part, samples in parts.items():
-        for name, sample in sorted(samples.items()):
-            if len(samples) > 1 and left >= len(sample.kept):  # one sampler alone is the random sheet again
-                sheets.append((f"By {part}: {name}", sample))
-                left -= len(sample.kept)
-    return figures, sheets
+def page(**values: Any) -> str:
+    import jinja2
+
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"plain": plain, "number": lambda value: f"{value:,}"}
+    return environment.from_string(template).render(**values)
 
 
-def band(guidance: float) -> str:
-    low, high = next((low, high) for low, high in GUIDANCE if guidance <= high)
-    return f"over {low}" if high == float("inf") else f"{low} to {high}"
+def plain(text: str | None, most: int = TEXT) -> str:
+    """Other people's text, cut, with the characters of `SPELT` written out."""
+    shown = (text or "")[:most].translate(SPELT)
+    return f"{shown} ... ({len(text):,} characters)" if text and len(text) > most else shown
 
 
-def tile(record: Record) -> Tile:
+def facts(written: Sequence[WrittenShard], plan: Plan, plans: Iterable[Plan]) -> dict[str, Any]:
+    """What the pictures are made of: checkpoint, settings and versions; what each worker was; the inputs."""
+    workers: dict[str, set[str]] = defaultdict(set)
+    for shard in written:
+        for name, value in shard.marker.facts.items():
+            workers[name].add(str(value))
+    workers.pop("pid", None)
+    told = {name: sorted(values) if len(values) > 1 else min(values) for name, values in workers.items()}
+    files = [file for standing in plans for file in standing.files]
+    return {"hard": plan.hard, "soft": plan.soft, "workers": told, "input": files}
+
+
+def tiles_of(written: Sequence[WrittenShard], wanted: Iterable[Place]) -> dict[Place, Tile]:
+    """Read and shrink the pictures at these places; no others are decoded."""
+    by_shard: dict[int, set[int]] = defaultdict(set)
+    for number, index in wanted:
+        by_shard[number].add(index)
+
+    def there() -> Iterator[tuple[Place, str, Row]]:
+        for number, indexes in sorted(by_shard.items()):
+            shard = written[number]
+            for index, row in enumerate(islice(rows(shard, indexes), max(indexes) + 1)):
+                if index in indexes:
+                    yield (number, index), key(shard, index, row), row
+
+    found: dict[Place, Tile] = {}
+    stream = there()
+    with ThreadPoolExecutor(4, "thumbnails") as pool:
+        while some := list(islice(stream, AT_ONCE)):
+            made = pool.map(lambda each: tile(each[1], each[2]), some)
+            found |= {place: one for (place, _, _), one in zip(some, made, strict=True)}
+    return found
+
+
+def tile(key: str, row: Row) -> Tile:
     from PIL import Image
 
-    assert record.image is not None
-    picture = Image.open(io.BytesIO(record.image)).convert("RGB")
+    ours = row.ours
+    try:
+        picture = Image.open(io.BytesIO(ours["image"]["bytes"]))
+        picture.draft("RGB", (SIDE, SIDE))  # JPEG alone: decoded small
+        data = thumbnail(picture.convert("RGB"))
+    except OSError:
+        data = ""
+    said = f"{ours['scheduler']}, {ours['steps']} steps, guidance {ours['guidance_scale']:g}, seed {ours['seed']}"
+    given = {name.removeprefix(SCORE): value for name, value in ours.items() if name.startswith(SCORE)}
+    scores = [f"{name} {value:.4g}" for name, value in given.items() if value is not None]
+    status = [] if ours["status"] == "ok" else [f"{ours['status']}: {ours['error']}"]
+    return Tile(data, key, ours["prompt"] or "", "; ".join([said, *scores, *status]), (ours["task"], ours["scheduler"]))
+
+
+def thumbnail(picture: Image.Image) -> str:
     picture.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=75)
-    asked = record.request
-    settings = f"{asked.scheduler}, {asked.steps} steps, guidance {asked.guidance_scale:g}, seed {asked.seed}"
-    return Tile(base64.b64encode(buffer.getvalue()).decode(), asked.key, asked.prompt, settings)
+    picture.save(buffer, "WEBP", quality=QUALITY)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
-def brightness(image: bytes) -> tuple[float, float]:
-    """Mean and standard deviation of the grey values, 0 to 255."""
-    from PIL import Image, ImageStat
+def strips_of(
+    run: str, written: Sequence[WrittenShard], tiles: Mapping[Place, Tile], count: int, seconds: float | None
+) -> tuple[list[Drawn], str]:
+    """The strips of `count` rows, of as many tasks and samplers as there are; and why there are none."""
+    if not count:
+        return [], "Not drawn with this page; `batchsd report RUN` draws a few rows again to show them."
+    from PIL import Image
 
-    found = ImageStat.Stat(Image.open(io.BytesIO(image)).convert("L"))
-    return found.mean[0], found.stddev[0]
+    from batchsd.strips import strips
+
+    first = {tile.kind: place for place, tile in reversed([*tiles.items()])}
+    picks = list(dict.fromkeys([*first.values(), *tiles]))[:count]
+    if not picks:
+        return [], "There is no picture."
+    drawn: list[Drawn] = []
+    try:
+        for place, strip in zip(picks, strips(run, [(written[n], i) for n, i in picks], seconds), strict=True):
+            if isinstance(strip, str):
+                drawn.append(Drawn(tiles[place], (), f"left out: {strip}"))
+                continue
+            frames = [(label, thumbnail(Image.fromarray(picture))) for label, picture in strip.frames]
+            apart = "" if strip.apart is None else f"; within {strip.apart}/255 of the run's picture"
+            drawn.append(Drawn(tiles[place], frames, f"{strip.calls} network calls{apart}"))
+    except Exception as error:  # whatever a model, a device or a plugin does: the page is there without strips
+        return drawn, f"Left out: {error or type(error).__name__}"
+    return drawn, ""
 
 
 def histogram(values: Sequence[float]) -> dict[str, Any]:
     """Heights of `BARS` bars (0 to 100), the range, the mean."""
-    low, high = min(values), max(values)
-    counts = [0] * BARS
-    for value in values:
-        counts[min(BARS - 1, int((value - low) / (high - low) * BARS)) if high > low else BARS // 2] += 1
-    tallest = max(counts)
-    heights = [round(100 * count / tallest, 1) for count in counts]
-    bars = list(zip(heights, counts, strict=True))
-    return {"bars": bars, "low": low, "high": high, "mean": sum(values) / len(values)}
+    import numpy as np
+
+    counts, _ = np.histogram(values, BARS)
+    heights = [round(100 * count / int(counts.max()), 1) for count in counts.tolist()]
+    bars = list(zip(heights, counts.tolist(), strict=True))
+    return {"bars": bars, "low": min(values), "high": max(values), "mean": sum(values) / len(values)}

@@ -110,15 +110,16 @@ class Run:
             what = f"row {wanted!r} has no repeat {repeat}" if places else f"no row has the id {wanted!r}"
             raise UsageError(f"{self.store.uri}: {what}; give an id, or <manifest file>:<row>, of a finished shard")
         if len(found) > 1:
-            keys = [self._read(*place).place for place in found[:5]]
+            keys = [self.at(*place).place for place in found[:5]]
             raise UsageError(
                 f"{self.store.uri}: {len(found)} rows have the id {wanted!r}; give the place of one: {', '.join(keys)}"
                 + (", ..." if len(found) > 5 else "")
             )
-        return self._read(*found[0])
+        return self.at(*found[0])
 
-    def _read(self, plan: Plan, marker: Marker, shard: Shard, index: int) -> Found:
-        for i, row in enumerate(reread(self.store, self.sink, shard, self.schema, True)):
+    def at(self, plan: Plan, marker: Marker, shard: Shard, index: int) -> Found:
+        """One row of a published shard."""
+        for i, row in enumerate(reread(self.store, self.sink, shard, self.schema, {index})):
             if i == index:
                 return Found(plan, marker, shard, index, row)
         raise UsageError(f"{self.store.uri}: {shard.name} cannot be read back up to row {index}; batchsd verify")

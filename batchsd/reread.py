@@ -22,12 +22,16 @@ from batchsd import plugins
 from batchsd.columns import MANIFEST, ON_REQUEST, OURS, picture_column
 from batchsd.job import Job
 from batchsd.ledger import Ledger, ledgers, place_of
+from batchsd.marker import Marker
 from batchsd.plan import Plan, shards_of
 from batchsd.published import Rereads, Row, reread
 from batchsd.recipe import sink_of
+from batchsd.rows import Refused, key_text
+from batchsd.sinks.aside import Aside
+from batchsd.sinks.parquet import ParquetSink
 from batchsd.store import Store, open_store
 from batchsd.types import Record, Request, Shard, Sink, UsageError
-from batchsd.values import remembered, row_index
+from batchsd.values import Wanted, remembered, row_index
 
 BATCH = 100  # rows: one row group
 
@@ -36,12 +40,13 @@ BATCH = 100  # rows: one row group
 class WrittenShard:
     """One committed shard: its name and its files (the failed rows' last, where they lie apart).
 
-    `sink` reads them again, but for Parquet's, which need none.
+    `sink` reads them again, but for Parquet's, whose manifest columns come back as Arrow has them, to the nanosecond.
     """
 
     store: Store
+    plan: Plan
+    marker: Marker
     shard: Shard
-    rows: int
     files: tuple[str, ...]
     schema: pa.Schema
     sink: Sink | None
@@ -49,6 +54,23 @@ class WrittenShard:
     @property
     def name(self) -> str:
         return self.shard.name
+
+    @property
+    def rows(self) -> int:
+        return self.marker.rows
+
+    def key(self, index: int, id: Any) -> str:
+        """What people call one of its rows: the manifest's id, else `<manifest file>:<row>`."""
+        place = f"{self.plan.files[self.shard.file]['name']}:{self.shard.start + index // self.plan.repeat}"
+        try:
+            return place if id is None or id != id else key_text("id", id) or place
+        except Refused:  # such a row was refused
+            return str(id)
+
+    @property
+    def id_column(self) -> str:
+        """The manifest's name of its ids."""
+        return self.plan.job["input"]["columns"].get("id", "id")
 
 
 def open_run(run: str) -> tuple[Plan, list[Ledger]]:
@@ -71,7 +93,7 @@ def shards(run: str) -> list[WrittenShard]:
         planned, schema = shards_of(plan), schema_in(plan)
         for marker in ledger.markers():
             files = sorted((place_of(file.name) for file in marker.files), key=lambda name: name.startswith("failed/"))
-            found.append(WrittenShard(ledger.store, planned[marker.shard], marker.rows, tuple(files), schema, sink))
+            found.append(WrittenShard(ledger.store, plan, marker, planned[marker.shard], tuple(files), schema, sink))
     if not found:
         raise UsageError(f"{run}: no shard is done yet; run the job first")
     return found
@@ -103,23 +125,34 @@ def ours_to_columns(schema: pa.Schema) -> dict[str, str]:
     return {f.metadata[OURS].decode(): f.name for f in schema if OURS in (f.metadata or {})}
 
 
+def rows(shard: WrittenShard, pictures: Wanted) -> Iterator[Row]:
+    """The shard's rows in order: our values, the manifest's id, and the bytes of the pictures that are wanted."""
+    wanted = [
+        field
+        for field in shard.schema
+        if (OURS in field.metadata and field.metadata[OURS].decode() not in ON_REQUEST)
+        or field.metadata.get(MANIFEST) == shard.id_column.encode()
+    ]
+    return reread(shard.store, shard.sink or Aside(ParquetSink()), shard.shard, pa.schema(wanted), pictures)
+
+
 def records(shard: WrittenShard) -> Iterator[Record]:
-    """The shard's rows in order."""
+    """The shard's rows in order, whole."""
     if shard.sink is not None:
-        rows = reread(shard.store, shard.sink, shard.shard, shard.schema, True)
-        yield from (_from_values(row, shard, index) for index, row in enumerate(rows))
+        found = reread(shard.store, shard.sink, shard.shard, shard.schema, True)
+        yield from (_from_values(row, shard, index) for index, row in enumerate(found))
         return
     if len(shard.files) == 1:
-        yield from (_record(row, i, shard.name) for i, row in enumerate(_rows(shard.store, shard.files[0])))
+        yield from (_record(row, i, shard) for i, row in enumerate(_rows(shard.store, shard.files[0])))
         return
     good, failed = (_rows(shard.store, file) for file in shard.files)
     following = next(good, None)
     for index in range(shard.rows):
         if following is not None and _index(following) == index:
-            yield _record(following, index, shard.name)
+            yield _record(following, index, shard)
             following = next(good, None)
         else:
-            yield _record(next(failed), index, shard.name)
+            yield _record(next(failed), index, shard)
 
 
 def _open(store: Store, name: str) -> pq.ParquetFile:
@@ -141,7 +174,7 @@ def _index(row: pa.Table) -> int:
     return row_index(row[picture_column(row.schema)][0].as_py()["path"])
 
 
-def _record(row: pa.Table, index: int, shard: str) -> Record:
+def _record(row: pa.Table, index: int, shard: WrittenShard) -> Record:
     named = ours_to_columns(row.schema)
     value: dict[str, Any] = {ours: row[column][0].as_py() for ours, column in named.items()}
     given = [field for field in row.schema if MANIFEST in (field.metadata or {})]
@@ -157,7 +190,7 @@ def _from_values(row: Row, shard: WrittenShard, index: int) -> Record:
         if name:
             arrays[name] = _typed(row.travelled.get(name), field.type)
     ours = {name: row.ours.get(name) for name in ours_to_columns(shard.schema)}
-    return _made(ours, pa.table(arrays), index, shard.name)
+    return _made(ours, pa.table(arrays), index, shard)
 
 
 def _typed(value: Any, kind: pa.DataType) -> pa.Array:
@@ -167,10 +200,10 @@ def _typed(value: Any, kind: pa.DataType) -> pa.Array:
         return pa.array([value]).cast(kind)
 
 
-def _made(value: Mapping[str, Any], columns: pa.Table, index: int, shard: str) -> Record:
-    key = columns["id"][0].as_py() if "id" in columns.column_names else None
+def _made(value: Mapping[str, Any], columns: pa.Table, index: int, shard: WrittenShard) -> Record:
+    id = columns[shard.id_column][0].as_py() if shard.id_column in columns.column_names else None
     request = Request(
-        key=f"{shard}:{index}" if key is None else str(key),
+        key=shard.key(index, id),
         index=index,
         inputs={},
         columns=columns,

@@ -19,8 +19,9 @@ LEISURE = 20  # a look that took a second is followed by so many of rest: a run 
 
 
 def read_status(uri: str) -> dict[str, Any]:
-    """One flat JSON value. `done` and `failed` count committed rows. Raises UsageError where there is no run.
+    """One flat JSON value. Raises UsageError where there is no run.
 
+    `done`, `failed` (by kind) and `rejected` count committed rows.
     `state` is `running`, `stopped`, `failed`, `done`, or `dead since ...` where the driver is no more, or
     neither it nor its lock's heartbeat was heard of for `SILENT` seconds.
     """
@@ -46,8 +47,7 @@ def read_status(uri: str) -> dict[str, Any]:
         "exit_code": said.get("exit_code"),
         "rows": rows,
         "done": tally.rows,
-        "ok": tally.ok,
-        "failed": dict(tally.failed),
+        **tally.fates(),
         "left": rows - tally.rows,
         "shards": sum(plan.shards for _, plan in found),
         "shards_done": sum(len(tally.done) for tally in tallies),
@@ -73,7 +73,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     """A status in a few lines for people."""
     text = [
         f"{found['state']}: {found['done']:,} of {found['rows']:,} rows done, {found['left']:,} left, "
-        f"{failures(found['failed'])}",
+        f"{failures({**found['failed'], 'rejected': found['rejected']})}",
         f"shards: {found['shards_done']:,} of {found['shards']:,}",
     ]
     if found["seconds_left"] is not None:

@@ -74,11 +74,10 @@ class Stop:
 
 def too_many_failed(tally: Tally, max_failed: float, then: str) -> TooManyFailed | None:
     """The end of a run in which more rows failed than `max_failed`; `then` says what may be done."""
-    kinds_failed = {kind: count for kind, count in tally.failed.items() if kind != "rejected"}  # it was drawn
-    failed = sum(kinds_failed.values())
+    failed = tally.failures.total()
     if failed <= max_failed:
         return None
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds_failed.items()))
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(tally.failures.items()))
     return TooManyFailed(f"{failed} rows failed ({kinds}), run.max_failed allows {max_failed:g}; {then}")
 
 

@@ -218,8 +218,8 @@ class ShardResult:
 class Progress:
     """A small event from a worker: rows done since its last one, and the keys now in flight.
 
-    `rows` are the output rows in flight, by their index in the shard; `good` is one that was just drawn well, or
-    -1. `long`: what comes next may take long, as the first batch of a shape does, or the handing in of a shard.
+    `ok` counts rejected rows too; `rows` are those in flight, by their index in the shard; `good` is one just drawn
+    well, or -1. `long`: what comes next may take long: the first batch of a shape, or the handing in of a shard.
     """
 
     shard: Shard

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from batchsd.types import Record, Request
 
 Value = Callable[[Record, str, Mapping[str, Any]], Any]
+
+Wanted = bool | Collection[int]
+"""Whose picture's bytes are read with the rows: everyone's, nobody's, or those of the rows with these numbers."""
 
 SCORE = "score "
 """Before the name of a score of the job, where a column tells which of our values it holds."""
@@ -32,6 +35,10 @@ def remembered(ours: Mapping[str, Any]) -> dict[str, Any]:
     figures = {name: ours[name] for name in FIGURES if ours.get(name) is not None}
     scores = {name.removeprefix(SCORE): value for name, value in ours.items() if name.startswith(SCORE)}
     return {"figures": figures, "scores": scores}
+
+
+def wants(pictures: Wanted, index: int) -> bool:
+    return pictures if isinstance(pictures, bool) else index in pictures
 
 
 def picture_name(name: str, index: int, extension: str) -> str:

@@ -80,7 +80,7 @@ class ShardWriter:
 
     def add(self, record: Record, drawn: bool = True) -> Progress:
         """A row is finished: `drawn` here, or known before."""
-        index, ok = record.request.index, record.status == "ok"
+        index, ok, drawn_well = record.request.index, record.status == "ok", record.status in ("ok", "rejected")
         self.in_flight.pop(index, None)
         with storage(self._folder):
             for due in self._order.put(record):
@@ -89,7 +89,7 @@ class ShardWriter:
             self._ok += 1
         else:
             self._failed[record.status] += 1
-        return self._progress(int(ok), int(not ok), index if ok and drawn else -1)
+        return self._progress(int(drawn_well), int(not drawn_well), index if ok and drawn else -1)
 
     def closing(self) -> Progress:
         """All rows are there; what comes now, writing and handing in, may take its time."""

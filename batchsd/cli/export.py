@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+STRIPS, PATIENCE = 3, 60.0  # rows that a report draws again where nobody said how many; seconds for that
+
 
 @click.command()
 @click.argument("run_folder", metavar="RUN")
@@ -30,12 +32,17 @@ def export(run_folder: str, sink: str, to: str | None, names: tuple[str, ...]) -
 @click.command()
 @click.argument("run_folder", metavar="RUN")
 @click.option("--to", metavar="FILE", help="where to; left out: RUN/report.html")
-def report(run_folder: str, to: str | None) -> None:
-    """Show RUN as one HTML page: pictures, figures, failures, the exact job."""
+@click.option("--rows", type=click.IntRange(min=1), default=100_000, metavar="N", help="look at N rows at most")
+@click.option(
+    "--strips", type=click.IntRange(min=0), metavar="N", help="draw N rows again, to show them from noise to picture"
+)
+def report(run_folder: str, to: str | None, rows: int, strips: int | None) -> None:
+    """Show RUN as one HTML page: pictures, figures, failures, strips from noise to picture, the exact job."""
     from batchsd.report import write_report
     from batchsd.store import open_store
     from batchsd.summary import shown
 
     folder, _, name = (to or f"{run_folder.rstrip('/')}/report.html").rpartition("/")
-    count, size = write_report(run_folder, open_store(folder or "."), name)
+    count, seconds = (STRIPS, PATIENCE) if strips is None else (strips, None)
+    count, size = write_report(run_folder, open_store(folder or "."), name, rows, count, seconds)
     click.echo(f"{count:,} pictures on {shown(to or f'{run_folder}/report.html')} ({size / 2**20:.1f} MiB)")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchsd.sinks.parquet import OpenFile, ParquetShard, read_rows
 from batchsd.types import Record, Sink, SinkWriter
+from batchsd.values import Wanted
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,13 +32,13 @@ class Aside:
         return AsideShard(self.inner, folder, name, schema)
 
     def reread(
-        self, open_file: OpenFile, name: str, schema: pa.Schema, pictures: bool
+        self, open_file: OpenFile, name: str, schema: pa.Schema, pictures: Wanted
     ) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """Both again as one (see `published.Rereads`): failed rows fill the gaps between the others."""
         if not hasattr(self.inner, "reread"):
             return
         good = self.inner.reread(open_file, name, schema, pictures)
-        failed = read_rows(open_file, f"{FAILED}/{name}.parquet")
+        failed = read_rows(open_file, f"{FAILED}/{name}.parquet", schema.names)
         following = next(good, None)
         for index in count():
             if following is not None and following[0] == index:

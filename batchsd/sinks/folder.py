@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from batchsd.columns import picture_column, to_table
 from batchsd.sinks.parquet import OpenFile, read_rows
 from batchsd.types import Record
+from batchsd.values import Wanted, wants
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,20 +34,22 @@ class FolderSink:
         return FolderShard(folder / name, name, schema)
 
     def reread(
-        self, open_file: OpenFile, name: str, schema: pa.Schema, pictures: bool
+        self, open_file: OpenFile, name: str, schema: pa.Schema, pictures: Wanted
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         """A published shard again (see `published.Rereads`). A picture that is gone ends it."""
         picture = picture_column(schema)
-        for row in read_rows(open_file, f"{name}/metadata.parquet"):
+        columns = {*schema.names, file_column(picture)}
+        for row in read_rows(open_file, f"{name}/metadata.parquet", columns):
             path = row.pop(file_column(picture))
+            index = int(Path(path).stem)
             row[picture] = {"path": path, "bytes": b""}
-            if pictures:
+            if wants(pictures, index):
                 file = open_file(f"{name}/{path}")
                 if file is None:
                     return
                 with file:
                     row[picture]["bytes"] = file.read()
-            yield int(Path(path).stem), row
+            yield index, row
 
 
 @dataclass(slots=True)

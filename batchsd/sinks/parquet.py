@@ -7,7 +7,7 @@ Row groups of 100 rows make a picture cheap to find; the same records give the s
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from batchsd.columns import IMAGE_TYPE, picture_column, to_table
 from batchsd.types import Record
-from batchsd.values import row_index
+from batchsd.values import Wanted, row_index, wants
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,11 +34,11 @@ class ParquetSink:
         return ParquetShard(folder, name, schema)
 
     def reread(
-        self, open_file: OpenFile, name: str, schema: pa.Schema, pictures: bool
+        self, open_file: OpenFile, name: str, schema: pa.Schema, pictures: Wanted
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         """A published shard again (see `published.Rereads`); pictures know their rows, where others lie apart."""
         picture = picture_column(schema)
-        for place, row in enumerate(read_rows(open_file, f"{name}.parquet", "" if pictures else picture)):
+        for place, row in enumerate(read_rows(open_file, f"{name}.parquet", schema.names, picture, pictures)):
             yield row_index(row[picture]["path"]) if row[picture] else place, row
 
 
@@ -123,10 +123,12 @@ def leaf_columns(schema: pa.Schema) -> tuple[list[str], list[str]]:
     return plain, [path for path in paths if path not in plain]
 
 
-def read_rows(open_file: OpenFile, name: str, no_bytes_of: str = "") -> Iterator[dict[str, Any]]:
-    """A table's rows by column, read a row group at a time; none where there is no such table.
+def read_rows(
+    open_file: OpenFile, name: str, columns: Collection[str], picture: str = "", pictures: Wanted = True
+) -> Iterator[dict[str, Any]]:
+    """Those of `columns` that a table has, row by row, read a row group at a time; none where there is no table.
 
-    Of the picture column `no_bytes_of` only the paths are read.
+    Of the column `picture` the bytes are read only in row groups that hold a row which `pictures` wants.
     """
     import pyarrow.parquet as pq
 
@@ -134,6 +136,14 @@ def read_rows(open_file: OpenFile, name: str, no_bytes_of: str = "") -> Iterator
     if file is None:
         return
     with file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-        kept = [f"{name}.path" if name == no_bytes_of else name for name in parquet.schema_arrow.names]
+        whole = [name for name in parquet.schema_arrow.names if name in columns]
+        lean = [f"{name}.path" if name == picture else name for name in whole]
+        place = 0
         for group in range(parquet.metadata.num_row_groups):
-            yield from parquet.read_row_group(group, columns=kept).to_pylist()
+            bytes_too = isinstance(pictures, bool) and pictures
+            if not isinstance(pictures, bool):
+                paths = parquet.read_row_group(group, columns=[f"{picture}.path"])[picture].to_pylist()
+                rows = (row_index(cell["path"]) if cell else place + i for i, cell in enumerate(paths))
+                bytes_too = any(wants(pictures, row) for row in rows)
+            yield from parquet.read_row_group(group, columns=whole if bytes_too else lean).to_pylist()
+            place += parquet.metadata.row_group(group).num_rows

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from batchsd.columns import picture_column, row_json
 from batchsd.sinks.parquet import OpenFile
 from batchsd.types import Record
-from batchsd.values import picture_name, row_index
+from batchsd.values import Wanted, picture_name, row_index, wants
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,7 +32,7 @@ class TarSink:
         return TarShard(folder, name, schema)
 
     def reread(
-        self, open_file: OpenFile, name: str, schema: pa.Schema, pictures: bool
+        self, open_file: OpenFile, name: str, schema: pa.Schema, pictures: Wanted
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         """A published shard again (see `published.Rereads`): values as JSON holds them, no columns of bytes."""
         file = open_file(f"{name}.tar")
@@ -46,7 +46,8 @@ class TarSink:
                 if member.name.endswith(".json"):
                     yield row_index(member.name), {**json.loads(opened.read()), picture_column(schema): picture}
                 elif not member.name.endswith(".txt"):  # the last of a row's pictures is the one that was drawn
-                    picture = {"path": member.name, "bytes": opened.read() if pictures else b""}
+                    wanted = wants(pictures, row_index(member.name))
+                    picture = {"path": member.name, "bytes": opened.read() if wanted else b""}
 
 
 @dataclass(slots=True)
