@@ -31,7 +31,8 @@ def card(plan: Plan, total: Tally, schema: pa.Schema, extension: str, aside: boo
     """The card's text. `aside`: failed rows have a table of their own in `failed/`."""
     head: dict[str, Any] = {"tags": ["batchsd", "synthetic"]}
     parts = []
-    if plan.sink in PATTERNS and total.rows > (total.failed.total() if aside else 0):
+    kept = total.rejected if plan.job["output"].get("rejected") == "keep" else 0  # rejected rows with a picture
+    if plan.sink in PATTERNS and (total.ok + kept if aside else total.rows):
         parts.append(_config("default", PATTERNS[plan.sink]))
         parts[0]["default"] = True
     if plan.sink == "parquet" and aside:
@@ -41,13 +42,14 @@ def card(plan: Plan, total: Tally, schema: pa.Schema, extension: str, aside: boo
     if plan.sink == "webdataset":
         head["dataset_info"] = [{"config_name": "default", "features": tar_features(schema, extension)}]
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", ""]
-    failed = f"; {total.failed.total():,} rows failed" if total.failed else ""
+    failed = f"; {total.failures.total():,} rows failed" if total.failures else ""
+    rejected = f"; {total.rejected:,} were rejected by the job's filters" if total.rejected else ""
     lines += [
         "# Pictures made by batchsd",
         "",
-        f"{total.ok:,} pictures{failed}. They were drawn by a trained model from text; none is a photograph.",
+        f"{total.ok:,} pictures{failed}{rejected}. They were drawn by a trained model from text; none is a photograph.",
         "",
-        *_failed_lines(plan, total, aside),
+        *_failed_lines(total, aside, kept),
         "The job, resolved:",
         "",
         *("    " + line for line in json.dumps(redact(dict(plan.job)), indent=1).splitlines()),
@@ -63,13 +65,18 @@ def _config(name: str, pattern: str) -> dict[str, Any]:
     return {"config_name": name, "data_files": [{"split": "train", "path": pattern}]}
 
 
-def _failed_lines(plan: Plan, total: Tally, aside: bool) -> list[str]:
-    if not total.failed:
-        return []
-    if aside:
+def _failed_lines(total: Tally, aside: bool, kept: int) -> list[str]:
+    """Where the rows are that are not `ok`; `kept` rejected ones have their pictures."""
+    lines = []
+    kinds = [kind for kind, count in (("Failed", total.failures.total()), ("rejected", total.rejected - kept)) if count]
+    if kinds:
+        rows = " and ".join(kinds).capitalize() + " rows"
         how = f'load_dataset("parquet", data_files="{FAILED}/*.parquet")'
-        return [f"Failed rows, with the reason of each, lie in `{FAILED}/`: `{how}`.", ""]
-    return ["Failed rows are among the others: their `status` is not `ok` and their picture is null.", ""]
+        there = f"lie in `{FAILED}/`: `{how}`" if aside else "are among the others, their picture null"
+        lines += [f"{rows}, with `status` and the reason (`error`) of each, {there}.", ""]
+    if kept:
+        lines += ["Rejected rows have their pictures: take those whose `status` is `ok` to leave them out.", ""]
+    return lines
 
 
 def tar_features(schema: pa.Schema, extension: str) -> list[dict[str, Any]]:

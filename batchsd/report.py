@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 from batchsd.alike import APART
@@ -187,8 +188,9 @@ def strips_of(
 
     from batchsd.strips import strips
 
-    first = {tile.kind: place for place, tile in reversed([*tiles.items()])}
-    picks = list(dict.fromkeys([*first.values(), *tiles]))[:count]
+    order = Random(written[-1].plan.hash).sample(list(tiles), len(tiles))
+    kinds = {tiles[place].kind: place for place in order}
+    picks = list(dict.fromkeys([*kinds.values(), *order]))[:count]
     if not picks:
         return [], "There is no picture."
     drawn: list[Drawn] = []

@@ -11,9 +11,12 @@ from batchsd.ledger import DATA, place_of
 from batchsd.marker import Marker, Tally, sum_of
 from batchsd.prepare import Prepared
 from batchsd.progress import duration, failures
+from batchsd.redact import redact
 
 if TYPE_CHECKING:
     from batchsd.revise import Beginning
+
+REPORT_ROWS = 10_000  # of a run, looked at for the report at its end: a second or two; `batchsd report` looks at more
 
 
 def plan_lines(parts: Sequence[Prepared], where: str, update: bool = False) -> list[str]:
@@ -77,19 +80,41 @@ def complete(begun: Sequence[Beginning]) -> str:
 
 
 def made(begun: Sequence[Beginning], total: Tally, seconds: float) -> str:
-    """The last line: what was made, where, and how to open it. Writes the dataset's card and the contact sheet."""
+    """The last line: what was made, where, how to open it, what there is to look at. Writes the dataset's card."""
     last = begun[-1].prepared
     store = last.ledger.store
     write_card(store, last.plan, total, last.recipe.schema)
-    parts = f"{counts(total)} in {duration(seconds)} -> {shown(store.uri)}"
-    if last.plan.sink != "parquet" or not total.ok:
-        return parts
-    from batchsd.contact import CONTACT, write_contact_sheet
+    opened = f" ({loading(store.uri)})" if last.plan.sink == "parquet" and total.ok else ""
+    parts = f"{counts(total)} in {duration(seconds)} -> {shown(store.uri)}{opened}"
+    return "; ".join([parts, *show(begun, total)])
 
-    markers = (marker for beginning in begun for marker in beginning.prepared.ledger.markers())
-    tables = [table for marker in markers for table in _table(marker)]
-    write_contact_sheet(store, tables)
-    return f"{parts} ({loading(store.uri)}); contact sheet: {shown(f'{store.uri}/{CONTACT}')}"
+
+def show(begun: Sequence[Beginning], total: Tally) -> Iterator[str]:
+    """Write what shows a run to people, and say where it is.
+
+    The run is done by now: what goes wrong here is said, and is no failure of the run.
+    """
+    store, sink = begun[-1].prepared.ledger.store, begun[-1].prepared.plan.sink
+
+    def contact_sheet() -> str:
+        from batchsd.contact import CONTACT, write_contact_sheet
+
+        markers = (marker for beginning in begun for marker in beginning.prepared.ledger.markers())
+        write_contact_sheet(store, [table for marker in markers for table in _table(marker)])
+        return CONTACT
+
+    def report() -> str:
+        from batchsd.report import REPORT, write_report
+
+        write_report(store.uri, store, REPORT, REPORT_ROWS)
+        return REPORT
+
+    sheet = [("contact sheet", contact_sheet)] if sink == "parquet" and total.ok else []
+    for name, write in (*sheet, ("report", report)):
+        try:
+            yield f"{name}: {shown(f'{store.uri}/{write()}')}"
+        except Exception as error:
+            yield f"no {name} ({redact(' '.join(str(error).split())) or type(error).__name__})"
 
 
 def _table(marker: Marker) -> Iterator[tuple[str, int]]:

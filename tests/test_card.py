@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -118,11 +119,19 @@ def test_an_export_equals_a_run(draw, sets: tuple[str, ...]) -> None:
         commands.main(["export", str(run), "--sink", "webdataset", "--to", str(target)], standalone_mode=False)
 
 
-def test_the_report_shows_pictures_and_failures(draw) -> None:
+def test_the_report_is_there_at_the_end_of_a_run(draw) -> None:
     run = draw("parquet")
-    commands.main(["report", str(run)], standalone_mode=False)
     page = (run / "report.html").read_text()
-    assert page.count("data:image/webp;base64,") == len(GOOD)
+    assert page.count("data:image/webp;base64,") >= len(GOOD)
     assert "bad_input" in page and "row.3" in page and "&#34;steps&#34;: 1" in page
-    commands.main(["report", str(run), "--to", str(run.parent / "again.html")], standalone_mode=False)
+    assert "batchsd report" in page  # strips are not drawn here
+    commands.main(["report", str(run), "--strips", "0", "--to", f"{run.parent}/again.html"], standalone_mode=False)
     assert (run.parent / "again.html").read_text() == page
+
+
+@pytest.mark.parametrize("sink", ["webdataset", "folder"])
+def test_the_report_of_every_layout_shows_the_same(draw, sink: str) -> None:
+    pages = [(draw(layout) / "report.html").read_text() for layout in ("parquet", sink)]
+    shown = [re.findall(r'alt="(.*?)" title="(.*?)" src="(.*?)"', page) for page in pages]
+    assert sorted(shown[0]) == sorted(shown[1]) and len(shown[0]) >= len(GOOD)
+    assert [page.count("bad_input") for page in pages] == [1, 1]

@@ -57,7 +57,8 @@ def test_run_makes_a_dataset_and_says_where(
     out = capsys.readouterr().out.strip().splitlines()
     assert len(out) == 1
     assert out[0].startswith("8 pictures, 0 failed in ")
-    assert out[0].endswith('-> out/run1 (load_dataset("out/run1")); contact sheet: out/run1/contact.png')
+    where = '-> out/run1 (load_dataset("out/run1")); contact sheet: out/run1/contact.png; report: out/run1/report.html'
+    assert out[0].endswith(where)
     rows = datasets.load_dataset("out/run1", split="train", cache_dir="cache")
     assert rows["id"] == [f"row{i}" for i in range(8)]
     assert rows["mood"] == ["calm"] * 8 and rows["status"] == ["ok"] * 8

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "__main__": "cli",
     "cli": "cluster doctor drive estimate export infra job ledger lock manifest marker model place "
     "plugins prepare progress reader recipe report reproduce revise starter status stop store summary verify",
+    "summary": "card contact ledger marker prepare progress redact report revise",
     "report": "alike marker plan published redact reread store strips survey values",
     "strips": "diffusion engine lanes lock progress reproduce reread",
     "survey": "alike filters published reread values",
@@ -34,7 +35,6 @@ MAY_IMPORT = {
     "estimate": "bench diffusion plugins prepare progress",
     "export": "card ledger marker reread store writer",
     "reread": "columns job ledger marker plan plugins published recipe rows sinks store values",
-    "summary": "card contact ledger marker prepare progress revise",
     "status": "ledger lock marker progress store",
     "verify": "columns ledger marker store",
     "card": "columns ledger plan redact store",

@@ -52,7 +52,7 @@ def test_every_picture_has_its_scores_and_the_first_filter_that_rejects_has_the_
     found = look({"red": first_pixel}, ["red < 200", dark, "mean > 0.9"], pictures(10, 150, 180, 250), keep=True)
     assert [verdict.scores for verdict in found] == [{"red": 10.0}, {"red": 150.0}, {"red": 180.0}, {"red": 250.0}]
     assert [(verdict.status, verdict.reason) for verdict in found] == [
-        ("rejected", "too dark"),
+        ("rejected", "dark: too dark"),
         ("rejected", f"mean is {150 / 255:.6g}, wanted > 0.9"),
         ("rejected", f"mean is {180 / 255:.6g}, wanted > 0.9"),
         ("rejected", "red is 250, wanted < 200"),
@@ -211,7 +211,7 @@ def test_a_job_with_scores_and_filters(batchsd: Callable[..., int], tmp_path: Pa
         drawn = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])))
         assert row["left"] == pytest.approx(drawn[:, :8].mean() + 1000, rel=1e-12)
         assert row["mean"] == pytest.approx(drawn.mean() / 255, rel=1e-12)
-        assert row["error"] == (f"row prompts.parquet:{i} is odd" if i % 2 else None)
+        assert row["error"] == (f"even: row prompts.parquet:{i} is odd" if i % 2 else None)
     from batchsd.verify import verify
 
     faults: list[str] = []
