@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from batchsd.types import UsageError
@@ -47,18 +48,23 @@ seed = 0                            # for rows without one
 
 def start(folder: Path) -> list[Path]:
     """Write `job.toml` and `prompts.parquet` into `folder` and name them. Raises UsageError where one is there."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     job, manifest = folder / "job.toml", folder / "prompts.parquet"
     for path in (job, manifest):
         if path.exists():
             raise UsageError(f"{path} is there already; batchsd init overwrites nothing: name another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        ids = [f"scene-{number}" for number in range(len(PROMPTS))]
-        pq.write_table(pa.table({"id": ids, "prompt": PROMPTS}), manifest)
+        write_manifest(manifest)
         job.write_text(JOB, "utf-8")
     except OSError as error:
         raise UsageError(f"{folder}: cannot be written: {error.strerror}") from None
     return [job, manifest]
+
+
+def write_manifest(path: Path, **more: Sequence[str]) -> None:
+    """`PROMPTS` with an `id` each, and other columns beside them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    ids = [f"scene-{number}" for number in range(len(PROMPTS))]
+    pq.write_table(pa.table({"id": ids, "prompt": PROMPTS, **more}), path)

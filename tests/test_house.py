@@ -22,7 +22,7 @@ LONGEST = 330  # lines; a longer file is two files
 MAY_IMPORT = {
     # the command line
     "__main__": "cli",
-    "cli": "cluster doctor drive estimate export infra job ledger lock manifest marker model place "
+    "cli": "cluster doctor drive estimate export infra job ledger lock manifest marker model new_plugin place "
     "plugins prepare progress reader recipe report reproduce revise starter status stop store summary verify",
     "summary": "card contact ledger marker prepare progress redact report revise",
     "report": "alike marker plan published redact reread store strips survey values",
@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "alike": "",
     "reproduce": "cells columns find job ledger manifest marker plan plugins published recipe revise rows store",
     "infra": "job",
+    "new_plugin": "plugins starter",
     "starter": "",
     "estimate": "bench diffusion plugins prepare progress",
     "export": "card ledger marker reread store writer",
@@ -79,6 +80,7 @@ MAY_IMPORT = {
     "meter": "",
     "order": "",
     # plugins
+    "skeletons": "testing",
     "testing": "columns diffusion encode job scores",
     "defaults": "diffusion sinks tasks",
     "plugins": "diffusion filters hookspecs plugin_source scores",
@@ -143,7 +145,7 @@ DOORS = {
 
 # Slow to import: at the top of a file only in these rooms, elsewhere inside the function that needs it.
 AT_THE_TOP = {
-    "torch": "backends batch_size beside engine flow lanes network pictures model diffusion training",
+    "torch": "backends batch_size beside engine flow lanes network pictures model diffusion skeletons training",
     "transformers": "",
     "ray": "",
 }

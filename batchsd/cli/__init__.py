@@ -11,7 +11,7 @@ import sys
 
 import click
 
-from batchsd.cli.begin import init
+from batchsd.cli.begin import init, new_plugin
 from batchsd.cli.export import export, report
 from batchsd.cli.health import doctor
 from batchsd.cli.infra import infra
@@ -49,5 +49,5 @@ def commands() -> None:
 
 
 looking = (plan, validate, status, verify, reproduce, report, inspect, plugins, schema, doctor)
-for command in (init, run, retry, export, infra, *looking):
+for command in (init, new_plugin, run, retry, export, infra, *looking):
     commands.add_command(command)
