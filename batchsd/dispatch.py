@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from batchsd import retrying
@@ -23,6 +24,7 @@ from batchsd.ledger import Ledger
 from batchsd.marker import Tally
 from batchsd.memory import Memory
 from batchsd.plan import Plan
+from batchsd.poison import Row
 from batchsd.progress import Rate, Snapshot
 from batchsd.stop import Stop, check_going
 from batchsd.types import Event, InfrastructureError, Shard, ShardResult, Tried
@@ -30,6 +32,7 @@ from batchsd.types import Event, InfrastructureError, Shard, ShardResult, Tried
 MOST_TRIES = 3  # of starting a worker, in a row
 SHARD_TRIES = 5  # of a shard whose workers die, where no row of it dies alone
 ALONE_AFTER = 4  # of these, the one in which its rows are drawn one at a time: they may die of each other
+SOME = 8  # shards, and rows of each
 STATUS_EVERY = 30.0  # seconds
 WATCH_EVERY = 0.1  # seconds
 
@@ -79,7 +82,7 @@ class Drive:
 
     def __post_init__(self) -> None:
         self._memory = Memory(self.ledger, self.plan, self.inside, self.revisions)
-        self.suspects, self._failures = self._memory.recall(self.todo)
+        self.suspects, self._failures = self._memory.recall(self.todo, self._neighbours())
         self._held = {shard.index: shard for shard in self.todo if self.suspects.open(shard.index)}
         # Neighbours go to the same worker, which then keeps its place in the manifest.
         todo = [shard for shard in self.todo if shard.index not in self._held]
@@ -93,6 +96,13 @@ class Drive:
         self._started = time.monotonic()
         self._status_at = self._started
         self._watched_at = 0.0
+
+    def _neighbours(self) -> tuple[Row, ...]:
+        """A few rows of finished shards, then of others: to see whether a worker that drew nothing yet works."""
+        done = (shard for shard in self.shards.values() if shard.index in self.tally.done)
+        some = [*islice(done, SOME), *self.todo[:SOME]]
+        rows = ((shard.index, row) for shard in some for row in range(min(SOME, shard.count * self.plan.repeat)))
+        return tuple(rows)
 
     # -- what executors call ------------------------------------------------------------------------------
 

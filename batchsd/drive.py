@@ -44,6 +44,8 @@ def drive(
     run.write_status("running")
     try:
         try:
+            if run.suspects.trouble:
+                raise InfrastructureError(run.suspects.trouble)
             executor.run(run)
         except AtOnce:
             raise stop.error() from None

@@ -13,7 +13,7 @@ from typing import Any
 from batchsd.ledger import Ledger
 from batchsd.lock import here
 from batchsd.plan import Plan
-from batchsd.poison import Flight, Suspects, recovered
+from batchsd.poison import Flight, Row, Suspects, recovered
 from batchsd.types import Progress, Shard
 
 
@@ -25,14 +25,15 @@ class Memory:
         self._flight = Flight() if inside else None
         self._written = False
 
-    def recall(self, todo: Iterable[Shard]) -> tuple[Suspects, Counter[int]]:
+    def recall(self, todo: Iterable[Shard], neighbours: tuple[Row, ...] = ()) -> tuple[Suspects, Counter[int]]:
         """What is known of the shards that are still to be drawn; of another plan, nothing."""
-        values = self._ledger.suspects()
+        values, rows = self._ledger.suspects(), {shard.index: shard.count * self._plan.repeat for shard in todo}
         if values.get("plan") != self._plan.hash:
-            return Suspects(), Counter()
+            suspects = Suspects()
+            suspects.neighbours = neighbours
+            return suspects, Counter()
         self._written = True
-        suspects, failures = recovered(values, here())
-        rows = {shard.index: shard.count * self._plan.repeat for shard in todo}
+        suspects, failures = recovered(values, here(), neighbours)
         for shard in {row[0] for row in (*suspects.cases, *suspects.condemned)} - rows.keys():
             suspects.forget(shard)
         # Rows are noted ahead, also beyond a shard's end.

@@ -4,6 +4,8 @@
                                                                                dies, three times -> condemned
 
 A death counts against a row only where the same worker had drawn a row well before; else the worker is to blame.
+Where no row was drawn well yet, one that nobody accuses is tried first. The only row of a run has no such neighbour:
+three deaths alone condemn it.
 Pure bookkeeping: who dies, and when, is told by the driver.
 """
 
@@ -46,7 +48,11 @@ class Case:
 
 
 class Suspects:
-    """The open cases, the verdicts, and rows that are known to be good. Workers are numbered as the driver does."""
+    """The open cases, the verdicts, and rows that are known to be good. Workers are numbered as the driver does.
+
+    `neighbours`, where given, are some rows of the run, good ones likely first; `trouble` is what ended the run
+    before this one, if its workers died whatever they drew.
+    """
 
     def __init__(self) -> None:
         self.cases: dict[Row, Case] = {}
@@ -54,6 +60,9 @@ class Suspects:
         self.good: dict[int, int] = {}  # shard -> a row there that was drawn well
         self.trials: dict[int, Row] = {}  # worker -> the row that it draws alone
         self.proven: set[int] = set()  # workers that have drawn a row well
+        self.neighbours: tuple[Row, ...] = ()
+        self.trouble = ""
+        self._bad_proofs: set[Row] = set()  # neighbours that prove nothing: they failed, or ended a worker too
         self._doubtful = 0
 
     def accuse(self, shard: int, rows: Iterable[int], cause: str) -> None:
@@ -99,6 +108,8 @@ class Suspects:
         self._doubtful = 0
         if ok:
             self.drawn_well(worker, *row)
+        else:
+            self._prove_no_more(row)
 
     def ended(self, worker: int) -> None:
         """The worker is gone for a reason that is no row's, and what it tried with it."""
@@ -122,12 +133,17 @@ class Suspects:
             return row
         if case is not None:
             case.doubts += 1
+            if self.neighbours == (row,) and case.doubts >= LONE_DEATHS:
+                case.ends, case.cause = [kind] * case.doubts, cause
+                self._condemn(case)
+                return row
         else:
-            self.good.pop(row[0], None)
+            self._prove_no_more(row)
         self._doubtful += 1
         if self._doubtful >= DOUBTFUL_DEATHS:
+            self._doubtful = 0  # whoever runs it again has mended something
             raise InfrastructureError(
-                f"{self._doubtful} workers in a row died before they had drawn anything; last: {cause}"
+                f"{DOUBTFUL_DEATHS} workers in a row died before they had drawn anything; last: {cause}"
             )
         return None
 
@@ -140,10 +156,18 @@ class Suspects:
         return bool(cases)
 
     def _known_good(self, shard: int) -> Row | None:
-        """One of the same shard where there is one: likely of the same shape."""
+        """One of the same shard where there is one: likely of the same shape. Else one that may be good."""
         known = {index: row for index, row in self.good.items() if (index, row) not in self.cases}
         index = shard if shard in known else next(reversed(known), None)
-        return None if index is None else (index, known[index])
+        if index is not None:
+            return index, known[index]
+        doubted = self.cases.keys() | self.condemned.keys() | self._bad_proofs
+        return next((row for row in self.neighbours if row not in doubted), None)
+
+    def _prove_no_more(self, row: Row) -> None:
+        if self.good.get(row[0]) == row[1]:
+            del self.good[row[0]]
+        self._bad_proofs.add(row)
 
     def _condemn(self, case: Case) -> None:
         del self.cases[case.shard, case.row]
@@ -159,6 +183,8 @@ class Suspects:
             "cases": [asdict(case) for case in self.cases.values()],
             "condemned": [[*row, *verdict] for row, verdict in self.condemned.items()],
             "good": [[shard, row] for shard, row in self.good.items()],
+            "bad_proofs": sorted(self._bad_proofs),
+            "doubtful": self._doubtful,
         }
 
     @classmethod
@@ -169,6 +195,8 @@ class Suspects:
             (shard, row): (status, message) for shard, row, status, message in values.get("condemned", ())
         }
         found.good = dict(values.get("good", ()))
+        found._bad_proofs = {(shard, row) for shard, row in values.get("bad_proofs", ())}
+        found._doubtful = values.get("doubtful", 0)
         return found
 
 
@@ -209,13 +237,16 @@ class Flight:
         return {"rows": [[shard, sorted(rows)] for shard, rows in self.noted.items()], "trial": self.trial}
 
 
-def recovered(values: Mapping[str, Any], where: Mapping[str, Any]) -> tuple[Suspects, Counter[int]]:
+def recovered(
+    values: Mapping[str, Any], where: Mapping[str, Any], neighbours: tuple[Row, ...] = ()
+) -> tuple[Suspects, Counter[int]]:
     """What an earlier driver left (see `Drive`), and how often each shard was cut off without a verdict.
 
     A `flight` is there only where that driver's process, with the worker in it, ended without a word: its rows
     are suspects. Where the whole machine went down, and began anew, they are not. `where` is `lock.here()`.
     """
     found, flight = Suspects.from_json(values), values.get("flight")
+    found.neighbours = neighbours
     if not flight or _began_anew(values["where"], where):
         return found, Counter()
     failures = Counter(dict(values["failures"]))
@@ -224,8 +255,11 @@ def recovered(values: Mapping[str, Any], where: Mapping[str, Any]) -> tuple[Susp
         shard, row, proven = flight["trial"]
         found.trials[-1] = (shard, row)
         found.proven |= {-1} if proven else set()
-        if found.lost(-1, "crashed", cause):
-            failures.pop(shard, None)
+        try:
+            if found.lost(-1, "crashed", cause):
+                failures.pop(shard, None)
+        except InfrastructureError as error:
+            found.trouble = str(error)
         return found, failures
     for shard, rows in flight["rows"]:
         found.accuse(shard, rows, cause)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from batchsd.deadlines import Patience
 from batchsd.executor import InProcess
 from batchsd.ledger import Ledger
 from batchsd.store import LocalStore
-from batchsd.types import Record, Request
+from batchsd.types import InfrastructureError, Record, Request, Shard
 
 SHARDS = shards_of(4, 6)
 
@@ -32,7 +33,7 @@ def hang(request: Request) -> Record:
     return draw(request)
 
 
-def start(root: Path, poison: dict[str, Any], said: Path) -> int:
+def start(root: Path, poison: dict[str, Any], said: Path, shards: Sequence[Shard] = SHARDS) -> int:
     """`batchsd run --local` with an engine in which some rows do more than draw; gives the exit status."""
 
     def record(request: Request) -> Record:
@@ -46,8 +47,11 @@ def start(root: Path, poison: dict[str, Any], said: Path) -> int:
     if child == 0:
         try:
             build = partial(workbench, LocalStore(root), partial(lanes, record=record))
-            run_all(LocalStore(root), SHARDS, executor=InProcess(build, Patience(1.5, 1.5), end), max_failed=9)
+            patience = Patience(3, 3) if hang in poison.values() else Patience()
+            run_all(LocalStore(root), shards, executor=InProcess(build, patience, end), max_failed=9)
             os._exit(0)
+        except InfrastructureError as error:
+            end(str(error))
         finally:
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -57,7 +61,7 @@ def start(root: Path, poison: dict[str, Any], said: Path) -> int:
     ("poison", "ends"),
     [
         ({"row8": die}, [-9] * 4 + [0]),  # once with its neighbours, three times alone
-        ({"row0": die, "row23": die}, [-9] * 9 + [0]),  # and once alone, before a good row was known
+        ({"row0": die, "row23": die}, [-9] * 8 + [0]),  # a neighbour shows that the worker is sound
         ({"row8": hang}, [3] * 4 + [0]),
     ],
     ids=["kills", "first and last kill", "hangs"],
@@ -72,9 +76,24 @@ def test_repeated_starts_find_the_row(tmp_path: Path, poison: dict[str, Any], en
     assert json.loads((root / "__batchsd/SUCCESS.json").read_text())["failed"] == {kind: len(poison)}
     assert list((root / "__batchsd/suspects").iterdir()) == []
     if kind == "timeout":
-        assert said.read_text() == "no sign of progress for 2 s; run the same command again: it finds the row by itself"
+        assert said.read_text() == "no sign of progress for 3 s; run the same command again: it finds the row by itself"
         logs = [path.read_text() for path in (root / "__batchsd/logs").iterdir()]
         assert all("time.sleep(600)" in log for log in logs), "where it hung"
+
+
+def test_the_only_row_of_a_run_is_found_too(tmp_path: Path) -> None:
+    ends = [-9] * 4 + [0]
+    assert [start(tmp_path / "run", {"row0": die}, tmp_path / "said", shards_of(1, 1)) for _ in ends] == ends
+    assert published(tmp_path / "run") == [("row0", None)]
+    assert Ledger(LocalStore(tmp_path / "run")).tally().failed == {"crashed": 1}
+
+
+def test_where_all_rows_kill_the_machine_is_named_not_the_rows(tmp_path: Path) -> None:
+    everywhere, said = {f"row{i}": die for i in range(24)}, tmp_path / "said"
+    codes = [start(tmp_path / "run", everywhere, said) for _ in range(7)]
+    assert codes == [-9] * 6 + [3] and "5 workers in a row died before" in said.read_text()
+    assert start(tmp_path / "run", {}, said) == 0, "mended"
+    assert published(tmp_path / "run") == expected(SHARDS)
 
 
 def test_a_kill_from_outside_costs_no_row(tmp_path: Path) -> None:

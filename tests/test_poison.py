@@ -139,3 +139,51 @@ def test_rows_are_noted_before_they_are_asked_and_not_often() -> None:
     assert notes < 40, "some for the first second, then one a second or two"
     flight.note({3: [5], 4: [1]}, exact={3})
     assert flight.noted[3] == {5} and flight.noted[4] > {1, 2, 3}
+
+
+def starts(rows: int, poison: set[Row], neighbours: tuple[Row, ...], most: int = 40) -> tuple[Suspects, list[str]]:
+    """One process after another, each with the worker inside, until one finds nothing to try; and their troubles."""
+    noted: dict = {"failures": [], "where": HERE, "flight": {"rows": [[0, list(range(rows))]], "trial": None}}
+    troubles = []
+    for start in range(most):
+        suspects, _ = recovered(noted, HERE | {"pid": start}, neighbours)
+        suspects.cases = {row: case for row, case in suspects.cases.items() if row[1] < rows}
+        if suspects.trouble:
+            troubles.append(suspects.trouble)
+            noted = {"failures": [], "where": HERE, "flight": None, **suspects.to_json()}
+            continue
+        while (row := suspects.next(0)) is not None and row not in poison:
+            suspects.passed(0, ok=True)
+        if row is None:
+            return suspects, troubles
+        flight = {"rows": [], "trial": [*row, 0 in suspects.proven]}
+        noted = {"failures": [], "where": HERE, "flight": flight, **suspects.to_json()}
+    return suspects, troubles
+
+
+def test_the_only_row_of_a_run_is_condemned_after_three_deaths_alone() -> None:
+    suspects, troubles = starts(1, {(0, 0)}, ((0, 0),))
+    assert suspects.condemned[0, 0][0] == "crashed" and not troubles
+
+
+def test_a_row_that_is_drawn_again_alone_is_proven_by_one_that_nobody_accuses() -> None:
+    """`retry` of one row: no other one was drawn, but the run has some, of which one kills too."""
+    neighbours = ((0, 0), (0, 1), (0, 2), (0, 3))
+    noted = {"failures": [], "where": HERE, "flight": {"rows": [[0, [0]]], "trial": None}}
+    suspects, _ = recovered(noted, HERE, neighbours)
+    assert suspects.next(0) == (0, 1)
+    suspects.lost(0, "crashed", "it kills")
+    assert suspects.next(1) == (0, 2)
+    suspects.passed(1, ok=False)
+    for worker in (1, 2, 3):
+        assert suspects.next(worker) == (0, 3), "what failed proves nothing"
+        suspects.passed(worker, ok=True)
+        assert suspects.next(worker) == (0, 0)
+        suspects.lost(worker, "crashed", "killed")
+    assert set(suspects.condemned) == {(0, 0)}
+
+
+def test_a_machine_on_which_every_process_dies_says_so_at_the_fifth_start() -> None:
+    """Each takes its driver along; the next one counts."""
+    suspects, troubles = starts(2, {(0, 0), (0, 1)}, ((0, 0), (0, 1)), most=7)
+    assert troubles and "5 workers in a row died before" in troubles[0] and not suspects.condemned
