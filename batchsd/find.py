@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -97,9 +97,48 @@ def find(uri: str) -> tuple[Disk, list[Found]]:
     return disk, sorted(found, key=lambda file: file.name)
 
 
-def disk_of(uri: str) -> Disk:
+def find_all(uris: Sequence[str]) -> tuple[Disk, list[Found]]:
+    """The files of several such places on one store, in the order given.
+
+    Where two files would have one name, the later one's gets as many of the folders around it as tell them apart:
+    what is appended to the list never renames what was there. Raises UsageError, one line for each place that is
+    wrong, and where one file is meant twice.
+    """
+    disks, found, wrong = list[Disk](), dict[str, Found](), list[str]()
+    paths = set[str]()
+    for uri in uris:
+        try:
+            disk, files = find(uri)
+        except UsageError as error:
+            wrong.append(str(error))
+            continue
+        disks.append(disk)
+        if disk.uri != disks[0].uri and not disk.files().equals(disks[0].files()):
+            wrong.append(f"{redact(uri)}: lies on another store than {redact(uris[0])}; give each a run of its own")
+            continue
+        for file in files:
+            if file.path in paths:
+                wrong.append(f"{redact(uri)}: {file.path} is in the list twice")
+                continue
+            paths.add(file.path)
+            file = _named_apart(file, found)
+            found[file.name] = file
+    if wrong:
+        raise UsageError("\n".join(wrong))
+    return disks[0], list(found.values())
+
+
+def _named_apart(file: Found, taken: Container[str]) -> Found:
+    name = file.name
+    above = file.path.strip("/").removesuffix(name).strip("/").split("/")
+    while name in taken and above[-1:] != [""] and above:
+        name = f"{above.pop()}/{name}"
+    return replace(file, name=name)
+
+
+def disk_of(uris: str | Sequence[str]) -> Disk:
     """The disk alone, whether or not anything is there."""
-    return _split(uri)[0]
+    return _split(uris if isinstance(uris, str) else uris[0])[0]
 
 
 def _split(uri: str) -> tuple[Disk, str]:

@@ -233,7 +233,7 @@ def carried(path: Path, job: Job, volumes: tuple[Volume, ...]) -> tuple[dict[str
 
 def local_paths(job: Job) -> list[tuple[str, str]]:
     """Every setting that names a file of this machine: absolute by now, unlike URIs, shipped and hub names."""
-    manifests = job.input.manifest if isinstance(job.input.manifest, list | tuple) else [job.input.manifest]
+    manifests = [job.input.manifest] if isinstance(job.input.manifest, str) else job.input.manifest
     named = [("input.manifest", text) for text in manifests]
     named += [("output.uri", job.output.uri), ("run.scratch", job.run.scratch)]
     named += [(f"model.{key}", getattr(job.model, key)) for key in ("path", "vae", "tokenizer")]

@@ -25,6 +25,7 @@ EXPECTED = {
     "bool_type": "should be true or false",
     "string_type": "should be text",
     "string_too_short": "should not be empty",
+    "too_short": "should be a list that is not empty",
     "literal_error": "should be {expected}",
     "greater_than_equal": "should be at least {ge:g}",
     "less_than_equal": "should be at most {le:g}",

@@ -20,7 +20,8 @@ from batchsd.types import UsageError
 Key = tuple[str, ...]
 
 PREFIX = "BATCHSD_"
-PATHS: frozenset[Key] = frozenset({("input", "manifest"), ("output", "uri"), ("run", "scratch")})
+MANIFEST: Key = ("input", "manifest")
+PATHS: frozenset[Key] = frozenset({MANIFEST, ("output", "uri"), ("run", "scratch")})
 MODELS: frozenset[Key] = frozenset(
     ("model", name) for name in ("path", "vae", "loras", "embeddings", "tokenizer")
 )
@@ -80,6 +81,8 @@ def parse_value(text: str, key: Key, job: type[BaseModel]) -> Any:
     value = table["value"]
     # output.uri=2026 is a folder's name, not a number; and a text with a newline may have held another key.
     wants_text = _annotation(key, job) in (str, str | None)
+    if key == MANIFEST:  # a text, or a list of them
+        wants_text = not isinstance(value, list)
     return text if len(table) > 1 or (wants_text and not isinstance(value, str)) else value
 
 
@@ -105,7 +108,7 @@ def _anchored(key: Key, value: Any, folder: Path) -> Any:
     """The value with relative paths made absolute from `folder`; URIs, shipped and hub names stay."""
     if key[0] == PLUGIN:
         return _anchored_setting(value, folder)
-    if isinstance(value, list) and key in MODELS | {PLUGINS}:
+    if isinstance(value, list) and key in MODELS | {PLUGINS, MANIFEST}:
         return [_anchored(key, item, folder) for item in value]
     if not isinstance(value, str) or not value or "://" in value:
         return value

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from batchsd import columns
-from batchsd.find import Disk, Found, find, open_parquet, reading, sha256
+from batchsd.find import Disk, Found, find, find_all, open_parquet, reading, sha256
 from batchsd.job import Job
 from batchsd.job_errors import suggestion
 from batchsd.plan import cut
@@ -138,11 +138,12 @@ def open_manifest(job: Job, known: Known | None = None, names: Names | None = No
     """
     where = job.where("input.manifest")
     try:
-        disk, found = find(job.input.manifest)
+        wanted = job.input.manifest
+        disk, found = find(wanted) if isinstance(wanted, str) else find_all(wanted)
         opened = [_open(disk, file) for file in found]
         schema = unify([(file.name, schema) for file, (_, schema) in zip(found, opened, strict=True)])
     except UsageError as error:
-        raise UsageError(f"{where}: {error}") from None
+        raise UsageError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None
     if not sum(sum(groups) for groups, _ in opened):
         raise UsageError(f"{where}: the manifest is empty ({_files(found)}, no rows)")
     check_columns(schema, job, names)

@@ -4,8 +4,8 @@
                                                                                dies, three times -> condemned
 
 A death counts against a row only where the same worker had drawn a row well before; else the worker is to blame.
-Where no row was drawn well yet, one that nobody accuses is tried first. The only row of a run has no such neighbour:
-three deaths alone condemn it.
+Where no row was drawn well yet, suspects are drawn all the same; of one that dies so, a neighbour that nobody accuses
+is drawn before. The only row of a run has no neighbour: three deaths alone condemn it.
 Pure bookkeeping: who dies, and when, is told by the driver.
 """
 
@@ -87,7 +87,7 @@ class Suspects:
             return None
         case = min(open_cases, key=lambda case: (case.deaths, case.doubts))
         row = (case.shard, case.row)
-        if worker not in self.proven and (proof := self._known_good(case.shard)):
+        if worker not in self.proven and (proof := self._proof(case)):
             row = proof
         self.trials[worker] = row
         return row
@@ -155,12 +155,14 @@ class Suspects:
             self.condemned.pop(row, None)
         return bool(cases)
 
-    def _known_good(self, shard: int) -> Row | None:
-        """One of the same shard where there is one: likely of the same shape. Else one that may be good."""
+    def _proof(self, case: Case) -> Row | None:
+        """A good row, of the same shard where there is one: likely of the same shape. Else one that may be good."""
         known = {index: row for index, row in self.good.items() if (index, row) not in self.cases}
-        index = shard if shard in known else next(reversed(known), None)
+        index = case.shard if case.shard in known else next(reversed(known), None)
         if index is not None:
             return index, known[index]
+        if not case.doubts:  # most suspects pass: then no neighbour need be drawn again
+            return None
         doubted = self.cases.keys() | self.condemned.keys() | self._bad_proofs
         return next((row for row in self.neighbours if row not in doubted), None)
 

@@ -32,7 +32,9 @@ class Section(BaseModel):
 
 
 class Input(Section):
-    manifest: Text = Field(description="the Parquet file, glob, folder or s3:// URI that holds the prompts")
+    manifest: Text | Annotated[Texts, Field(min_length=1)] = Field(
+        description="the Parquet file, glob, folder or s3:// URI that holds the prompts, or a list of them"
+    )
     columns: dict[str, Text] = Field(default={}, description="ours = theirs, as { prompt = 'caption' }")
     prompt: str | None = Field(
         default=None, description="template over the manifest's columns; {{ is a brace"

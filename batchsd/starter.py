@@ -21,7 +21,7 @@ JOB = """\
 # Every key: batchsd schema. Each value here can be overridden for one run: --set sampler.steps=30
 
 [input]
-manifest = "prompts.parquet"        # a file, a glob, a folder or s3://...; one row is one picture
+manifest = "prompts.parquet"        # a file, glob, folder or s3://..., or a list; one row is one picture
 # columns = { prompt = "caption" }  # where your columns have other names: ours = theirs
 # prompt = "a photo of a {color} {shape}"   # or a template over them
 # repeat = 4                        # pictures a row, each with its own seed

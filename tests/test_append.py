@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from null_model import job_at, rows_of, run_job
+from null_model import job_at, rows_of, run_job, write_manifest
 from test_ledger import StepStore
 
 from batchsd.job import Job
@@ -223,3 +223,26 @@ def test_killed_at_every_step_of_an_append(job: Job, tmp_path: Path, begin: Any)
         step += 4 if step > 20 else 2  # the other steps are killed in test_ledger.py and test_revise.py
     check(job, 9 + len(new - {6}))
     assert step > 20, "fewer steps than the protocol has"
+
+
+def test_a_list_that_grows_is_a_manifest_that_grows(tmp_path: Path, checkpoint: Path) -> None:
+    """Files of one name among them: rows, seeds and pictures that are there stay as they are."""
+
+    def listing(*days: str) -> Job:
+        paths = [str(tmp_path / day / "prompts.parquet") for day in days]
+        return job_at(tmp_path, checkpoint, f"input.manifest={json.dumps(paths)}")
+
+    for day in ("mon", "tue", "wed"):
+        (tmp_path / day).mkdir()
+        write_manifest(tmp_path / day / "prompts.parquet", [f"{day} {i}" for i in range(3)])
+    job = listing("mon", "tue")
+    run_job(job, tmp_path / "log")
+    assert [row["prompt"] for row in rows_of(job)] == [f"{day} {i}" for day in ("mon", "tue") for i in range(3)]
+    before = files(job)
+    run_job(listing("mon", "tue", "wed"), tmp_path / "log")
+    assert before.items() < files(job).items()
+    assert {row["prompt"] for row in rows_of(job)} == {f"{day} {i}" for day in ("mon", "tue", "wed") for i in range(3)}
+    after = files(job)
+    with pytest.raises(UsageError, match="prompts.parquet"):
+        run_job(listing("tue", "mon", "wed"), tmp_path / "log")
+    assert files(job) == after

@@ -61,7 +61,7 @@ def start(root: Path, poison: dict[str, Any], said: Path, shards: Sequence[Shard
     ("poison", "ends"),
     [
         ({"row8": die}, [-9] * 4 + [0]),  # once with its neighbours, three times alone
-        ({"row0": die, "row23": die}, [-9] * 8 + [0]),  # a neighbour shows that the worker is sound
+        ({"row0": die, "row23": die}, [-9] * 9 + [0]),  # and once alone, before a good row was known
         ({"row8": hang}, [3] * 4 + [0]),
     ],
     ids=["kills", "first and last kill", "hangs"],

@@ -23,6 +23,9 @@ def test_date_is_the_day_of_the_run_in_manifest_and_uri_alone(here):
     assert dated.input.manifest == str(here / "jobs/2026-02-03/p.parquet")
     assert dated.output.uri == str(here / "jobs/out/2026-02-03")
     assert dated.sampler.scheduler == "{date}"
+    several = 'input.manifest=["{date}/p.parquet", "s3://b/{date}/*.parquet"]'
+    listed = load("jobs/a.toml", (several,), {}, date(2026, 2, 3))
+    assert listed.input.manifest == (str(here / "2026-02-03/p.parquet"), "s3://b/2026-02-03/*.parquet")
     assert load("jobs/a.toml", ("output.uri=s3://b/{date}/x",), {}, date(2026, 2, 3)).output.uri == "s3://b/2026-02-03/x"
     assert load("jobs/a.toml", (), {}).output.uri.endswith(f"out/{date.today().isoformat()}")
 

@@ -1,6 +1,7 @@
 """Footers, schema, mapping, shards. The oracles: pyarrow, hashlib, and the messages' text."""
 
 import hashlib
+import json
 import math
 import os
 from pathlib import Path
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 from batchsd.find import Disk
 from batchsd.job import Job, load
 from batchsd.manifest import InputFile, Manifest, open_manifest
+from batchsd.object_store import ObjectStore
 from batchsd.rows import Names
+from batchsd.scratch import Scratch
 from batchsd.types import UsageError
 
 
@@ -277,3 +280,55 @@ def test_more_shards_than_five_digits_can_name_are_refused():
         )
         advised = int(message.split()[-3].replace(",", ""))
         assert len(manifest_of(rows).shards(advised, repeat)) <= 99_999
+
+
+# --- a list of manifests ---------------------------------------------------------------------------------
+
+
+def listed(*manifests: str) -> Job:
+    return job("p.parquet", f"input.manifest={json.dumps(manifests)}")
+
+
+def test_a_list_is_taken_in_its_own_order_and_its_globs_in_theirs():
+    for name in ("z.parquet", "in/b.parquet", "in/a.parquet", "m.parquet"):
+        write(name, {"prompt": [name]})
+    manifest = open_manifest(listed("z.parquet", "in/*.parquet", "m.parquet"))
+    assert [file.name for file in manifest.files] == ["z.parquet", "a.parquet", "b.parquet", "m.parquet"]
+    assert manifest.rows == 4
+
+
+def test_files_of_one_name_are_told_apart_and_keep_their_names_when_the_list_grows():
+    days = [f"{day}/prompts.parquet" for day in ("01", "02", "x/02")]
+    for name in days:
+        write(name, {"prompt": [name]})
+    names = [[file.name for file in open_manifest(listed(*days[:n])).files] for n in (1, 2, 3)]
+    assert names[2] == ["prompts.parquet", "02/prompts.parquet", "x/02/prompts.parquet"]
+    assert names[0] == names[2][:1] and names[1] == names[2][:2]
+
+
+def test_each_wrong_place_of_a_list_is_a_line(here: Path):
+    write("a.parquet", {"prompt": ["a"]})
+    wrong = "--set input.manifest: input.manifest: "
+    assert refusal(listed("a.parquet", "no.parquet", "b/*.parquet", "*.parquet")).splitlines() == [
+        f"{wrong}{here}/no.parquet: no such file or folder",
+        f"{wrong}{here}/b/*.parquet: no file matches",
+        f"{wrong}{here}/*.parquet: {here}/a.parquet is in the list twice",
+    ]
+    write("b.parquet", {"prompt": [1]})
+    assert "column 'prompt' is string in a.parquet but int64 in b.parquet" in refusal(listed("a.parquet", "b.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("[]", "[] should be text or a list that is not empty"), ("['']", '[""] should be text'), ("[1]", "[1] should")],
+)
+def test_a_list_of_no_places_is_no_job(value: str, said: str):
+    with pytest.raises(UsageError) as caught:
+        job("p.parquet", f"input.manifest={value}")
+    assert str(caught.value).startswith(f"--set input.manifest: input.manifest = {said}")
+
+
+def test_stores_are_not_mixed_in_one_list(bucket: str):
+    path = write("a.parquet", {"prompt": ["a"]})
+    ObjectStore(f"s3://{bucket}/in", Scratch(Path("s"))).put("b.parquet", path.read_bytes())
+    assert "another store" in refusal(listed("a.parquet", f"s3://{bucket}/in/*.parquet"))

@@ -171,6 +171,8 @@ def test_a_row_that_is_drawn_again_alone_is_proven_by_one_that_nobody_accuses() 
     neighbours = ((0, 0), (0, 1), (0, 2), (0, 3))
     noted = {"failures": [], "where": HERE, "flight": {"rows": [[0, [0]]], "trial": None}}
     suspects, _ = recovered(noted, HERE, neighbours)
+    assert suspects.next(0) == (0, 0)
+    suspects.lost(0, "crashed", "killed")
     assert suspects.next(0) == (0, 1)
     suspects.lost(0, "crashed", "it kills")
     assert suspects.next(1) == (0, 2)
