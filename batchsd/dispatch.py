@@ -24,7 +24,6 @@ from batchsd.ledger import Ledger
 from batchsd.marker import Tally
 from batchsd.memory import Memory
 from batchsd.plan import Plan
-from batchsd.poison import Row
 from batchsd.progress import Rate, Snapshot
 from batchsd.stop import Stop, check_going
 from batchsd.types import Event, InfrastructureError, Shard, ShardResult, Tried
@@ -97,7 +96,7 @@ class Drive:
         self._status_at = self._started
         self._watched_at = 0.0
 
-    def _neighbours(self) -> tuple[Row, ...]:
+    def _neighbours(self) -> tuple[tuple[int, int], ...]:
         """A few rows of finished shards, then of others: to see whether a worker that drew nothing yet works."""
         done = (shard for shard in self.shards.values() if shard.index in self.tally.done)
         some = [*islice(done, SOME), *self.todo[:SOME]]

@@ -266,10 +266,15 @@ class Ledger:
         return {f"{top}/{name}": size for top in (DATA, FAILED) for name, size in self.store.entries(top)}
 
     def _remove_leftovers(self, marker: Marker) -> None:
-        """Files that the shard had before this revision and has no more."""
+        """Files that the shard had before this revision and has no more.
+
+        Not where another driver has built the shard anew meanwhile: they may be its files. The look comes last, and
+        whoever builds a shard anew has waited for the lock of a driver that may stand here.
+        """
         before = self._marker(marker.shard, marker.revision - 1) if marker.revision else None
-        if before is not None:
-            for name in {file.name for file in before.files} - {file.name for file in marker.files}:
+        names = {file.name for file in before.files} - {file.name for file in marker.files} if before else set()
+        if names and self._standing(marker.shard).revision == marker.revision:
+            for name in names:
                 self.store.remove(place_of(name))
 
     def _sweep(self, done: Iterable[int]) -> None:

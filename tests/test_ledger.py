@@ -29,10 +29,10 @@ from hypothesis import strategies as st
 
 from batchsd.bench import Drained, Ticket
 from batchsd.executor import InProcess
-from batchsd.ledger import Ledger
+from batchsd.ledger import Ledger, staging_folder
 from batchsd.run import work
 from batchsd.store import LocalStore
-from batchsd.types import Event, InfrastructureError, Record, ShardResult, UsageError
+from batchsd.types import Event, InfrastructureError, OutputFile, Record, ShardResult, UsageError
 
 SHARDS = shards_of(3, 4)
 STEPS = ("create_only", "put", "publish", "remove", "scratch", "hand_in")
@@ -248,6 +248,35 @@ def test_a_driver_that_stops_after_its_marker_is_finished_by_another(tmp_path: P
     assert published(tmp_path) == expected(SHARDS)
     with data_unchanged(tmp_path):
         assert Ledger(store).commit(result, 1, plan).nonce == "late"
+
+
+def revised(store: LocalStore, nonce: str, *names: str) -> ShardResult:
+    """Shard 1 as built anew, with those files."""
+    for name in names:
+        store.put(f"{staging_folder(SHARDS[1], nonce)}/{name}", f"{name} {nonce}".encode())
+    files = tuple(OutputFile(name, len(f"{name} {nonce}"), "") for name in names)
+    return ShardResult(SHARDS[1], nonce, 4, 4, {}, files, {}, {})
+
+
+def test_a_late_driver_leaves_the_files_of_a_later_revision(tmp_path: Path) -> None:
+    """Stopped between its publish and the removal of what the shard has no more, while another one makes that anew."""
+    store = LocalStore(tmp_path)
+    ledger = Ledger(store)
+    plan = ledger.begin(plan_of(SHARDS))
+    ledger.commit(revised(store, "zero", "a.parquet", "failed/a.parquet"), 1, plan)
+
+    def meanwhile(step: str, name: str, before: bool) -> None:
+        if step == "publish" and not before:
+            other = Ledger(store)
+            other.roll_forward()
+            assert not (tmp_path / "failed/a.parquet").exists()
+            other.commit(revised(store, "two", "a.parquet", "failed/a.parquet"), 1, plan, revision=2)
+
+    late = Ledger(StepStore(tmp_path, meanwhile))
+    late.commit(revised(store, "one", "a.parquet"), 1, plan, revision=1)
+    assert (tmp_path / "failed/a.parquet").read_text() == "failed/a.parquet two"
+    assert (tmp_path / "data/a.parquet").read_text() == "a.parquet two"
+    assert ledger.roll_forward().ok == 4
 
 
 def test_a_worker_that_hands_in_after_the_end_changes_nothing(tmp_path: Path) -> None:
