@@ -104,6 +104,8 @@ def kubernetes(
     if schedule and not alpha:
         command += ["--date", DATE]
     crew = size_crew(job)
+    if autoscale and crew.gpus and job.model.device == "auto":
+        command += ["--set", "model.device=cuda"]  # it begins without a GPU, which "auto" would refuse
     values = {
         "header": header("k8s", path),
         "name": name,

@@ -174,9 +174,9 @@ def size_crew(
 ) -> tuple[Crew, str]:
     """The crew that fits `nodes` (Ray's CPU and GPU counts of each), and a line where that is less than asked.
 
-    Of a cluster that `grows` an explicit number of workers is taken as it is: nodes may come later. There "auto" means
-    GPUs: a hundred CPU nodes are more often a mistake than a wish. Raises InfrastructureError where a GPU is needed
-    and there is none: Ray would wait for ever, silently.
+    Of a cluster that `grows` an explicit number of workers is taken as it is: nodes may come later. There the device
+    "auto" needs a GPU at once: a hundred CPU nodes are more often a mistake than a wish. Raises InfrastructureError
+    where a GPU is needed and there is none: Ray would wait for ever, silently.
     """
     cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
     wants_gpu = device not in ("auto", "cpu") or (device == "auto" and (gpus > 0 or grows))
@@ -184,10 +184,11 @@ def size_crew(
     if wants_gpu and gpus_per_worker > 0:
         seats = [gpu_seats(node.get("GPU", 0.0), gpus_per_worker) for node in nodes]
         room = sum(seats)
-        if room == 0 and not waits:
+        if room == 0 and not (waits and device != "auto"):
+            later = "; 'cuda' waits for nodes that an autoscaler brings" if waits else ""
             raise InfrastructureError(
                 f"a worker needs {gpus_per_worker:g} GPU of one node (ray.gpus_per_worker, model.device = {device!r}), "
-                f"the cluster has {gpus:g} on {len(nodes)} nodes; add one with GPUs, or set model.device = 'cpu'"
+                f"the cluster has {gpus:g} on {len(nodes)} nodes; add one with GPUs, or set model.device = 'cpu'{later}"
             )
         count = room if workers == "auto" else int(workers) if waits else min(int(workers), room)
         # No CPUs are reserved: nodes of a GPU cluster may declare none, and a worker would wait for ever.

@@ -169,6 +169,13 @@ def test_a_rayjob_holds_the_job_and_its_sizes(job: Path) -> None:
     assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "models"}
 
 
+def test_an_autoscaled_job_waits_for_its_gpus(job: Path) -> None:
+    """The cluster begins without one, where the device "auto" is refused (`place.size_crew`)."""
+    for options, expected in ((FORMS["rayjob, limited, autoscaled"], True), ((), False)):
+        found = documents(infra("k8s", job, *K8S, *options))["RayJob"]["spec"]["entrypoint"]
+        assert ("--set model.device=cuda" in found) is expected
+
+
 def test_a_cpu_job_asks_for_no_gpu(job: Path) -> None:
     text = infra("k8s", job, "--volume", "models:/models", "--set", "model.device=cpu")
     assert "nvidia" not in text and "-cpu" in text

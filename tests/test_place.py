@@ -107,7 +107,9 @@ def test_a_cluster_that_grows_is_taken_at_its_word() -> None:
 def test_a_cluster_without_gpus_draws_on_cpus_only_where_the_job_says_so() -> None:
     with pytest.raises(InfrastructureError, match="has 0 on 2 nodes; add one with GPUs, or set model.device = 'cpu'"):
         size_crew("auto", 1, "auto", [HEAD, {"CPU": 8}], grows=True)
-    crew, _ = size_crew(4, 1, "auto", [HEAD], grows=True)  # they may come: it asks for them, not for CPUs
+    with pytest.raises(InfrastructureError, match="'cuda' waits"):
+        size_crew(4, 1, "auto", [HEAD], grows=True)
+    crew, _ = size_crew(4, 1, "auto", [HEAD, SMALL], grows=True)
     assert (crew.workers, crew.gpus, crew.device) == (4, 1, "cuda")
     crew, _ = size_crew("auto", 1, "cpu", [HEAD, {"CPU": 8}], grows=True)
     assert (crew.workers, crew.gpus, crew.device) == (1, 0, "cpu")
