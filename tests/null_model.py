@@ -80,8 +80,9 @@ def run_job(
     failing: tuple[str, ...] = (),
     store: Store | None = None,
     check_lock: Callable[[], None] = lambda: None,
+    record: Callable[[Request], Record] | None = None,
 ) -> Tally:
-    """What `batchsd run` does, from the plan on."""
+    """What `batchsd run` does, from the plan on. `record` draws instead of `draw`."""
     store = store or LocalStore(Path(job.output.uri))
     begun = begin([replace(part, ledger=Ledger(store, part.plan.number)) for part in prepare(job, 1, False)])
     totals = []
@@ -90,7 +91,7 @@ def run_job(
         if beginning.complete:
             totals.append(part.ledger.finish(part.plan))
             continue
-        executor = InProcess(partial(bench, part.recipe, store, partial(draw, log, failing)))
+        executor = InProcess(partial(bench, part.recipe, store, record or partial(draw, log, failing)))
         limits = (Stop(5), part.max_failed, lambda snapshot: None, lambda text: None, check_lock)
         totals.append(drive(part.ledger, part.plan, tally, part.shards, executor, *limits, revisions=revisions))
     return sum_of(totals)
