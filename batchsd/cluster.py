@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 from batchsd.executor import describe
 from batchsd.types import InfrastructureError
 
+KNOCK_PATIENCE = 10.0  # seconds
 NODE_PATIENCE = 120.0  # seconds for a node to import what a question needs and answer it
 OBJECT_STORE = 128 * 2**20  # bytes; only tickets and events pass through it, never pictures
 # Ray's own, where the user has not set them.
@@ -29,6 +31,12 @@ T = TypeVar("T")
 def call_it(call: Callable[[], T]) -> T:
     """As a function of its own, for Ray: a partial has no name, which it asks for."""
     return call()
+
+
+def knock(address: str) -> None:
+    """Raises OSError where nothing listens: Ray itself would try for a quarter of an hour, in silence."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_PATIENCE).close()
 
 
 class Cluster:
@@ -51,7 +59,7 @@ class Cluster:
     def _alive(self) -> list[dict[str, Any]]:
         self._up.wait()
         if self._error is not None:
-            raise InfrastructureError(f"Ray at {self.address!r} does not start: {describe(self._error)}")
+            raise InfrastructureError(f"Ray at {self.address!r} does not answer: {describe(self._error)}")
         import ray
 
         return [node for node in ray.nodes() if node["Alive"]]
@@ -99,6 +107,8 @@ class Cluster:
                 "include_dashboard": False,
             }
         try:
+            if self.address != "local":
+                knock(self.address)
             import ray
 
             ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR, **private)

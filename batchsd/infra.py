@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -168,6 +169,11 @@ def slurm(
     if job.ray.workers == "auto" and nodes > 1:
         share = job.ray.gpus_per_worker
         sets = (*sets, f"ray.workers={int(nodes * gpus / share) if gpus and share else nodes}")
+    warning = max(WARNING, int(job.run.grace) + 60)
+    if time_limit and seconds_of(time_limit) <= warning + 60:
+        raise UsageError(
+            f"--time-limit {time_limit}: too short, as the job is told to stop {warning} s before, or a minute earlier"
+        )
     values = {
         "header": header("slurm", path),
         "name": resource_name(name or path.stem),
@@ -178,11 +184,23 @@ def slurm(
         "partition": partition,
         "account": account,
         "setup": setup,
-        "warning": max(WARNING, int(job.run.grace) + 60),
+        "warning": warning,
         "folder": str(Path.cwd()),
         "command": command_line(path, sets),
+        "ray": program("ray"),
     }
     return render("slurm/job.sh.j2", values)
+
+
+def seconds_of(limit: str) -> int:
+    """A time as Slurm writes it: 90 (minutes), 90:00, 1:30:00, 2-12, 2-12:30 or 2-12:30:00. Raises UsageError."""
+    days, dash, clock = limit.rpartition("-")
+    units = (3600, 60, 1) if dash or clock.count(":") == 2 else (60, 1)
+    try:
+        parts = [int(part) for part in clock.split(":")]
+        return int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
+    except ValueError:
+        raise UsageError(f"--time-limit {limit}: write it as Slurm does: 12:00:00, or 2-00:00:00") from None
 
 
 def crontab(path: Path, sets: tuple[str, ...], *, name: str, schedule: str) -> str:
@@ -199,13 +217,16 @@ def crontab(path: Path, sets: tuple[str, ...], *, name: str, schedule: str) -> s
 
 def command_line(path: Path, sets: tuple[str, ...]) -> str:
     """The job's command with this environment's batchsd, for a shell in this folder."""
-    import sys
-
-    program = Path(sys.executable).parent / "batchsd"
-    words = [str(program) if program.exists() else "batchsd", "run", str(path.absolute())]
+    words = [program("batchsd"), "run", str(path.absolute())]
     for text in sets:
         words += ["--set", text]
     return shlex.join(words)
+
+
+def program(name: str) -> str:
+    """This environment's: the shell of a job knows of no environment."""
+    found = Path(sys.executable).parent / name
+    return str(found) if found.exists() else name
 
 
 def carried(path: Path, job: Job, volumes: tuple[Volume, ...]) -> tuple[dict[str, str], list[str]]:

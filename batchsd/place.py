@@ -157,6 +157,8 @@ def choose_address(
             f"Ray address {address!r}: a driver needs host:port of the cluster's head; from outside, run "
             "batchsd on the cluster: ray job submit -- batchsd run ..."
         )
+    if address not in ("auto", "local", "none") and not address.rpartition(":")[2].isdecimal():
+        raise UsageError(f"Ray address {address!r}: give host:port, auto, local or none")
     if address != "auto":
         return address
     try:

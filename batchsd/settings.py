@@ -215,3 +215,10 @@ class Ray(Section):
     allow_unauthenticated: bool = Field(
         default=False, description="join a cluster from outside though it asks for no token"
     )
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _shares(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError("should be a share of one GPU, or a whole number of them: Ray gives no other")
+        return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import pytest
@@ -10,15 +11,21 @@ from batchsd.cluster import Cluster
 from batchsd.types import InfrastructureError
 
 
-def test_a_cluster_that_does_not_answer_is_said() -> None:
+def test_where_nothing_listens_is_said_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    with pytest.raises(InfrastructureError, match=f"'{address}' does not answer: ConnectionRefusedError: "):
+        Cluster(address).nodes()
+
+
+def test_a_cluster_that_does_not_take_us_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def connect(**_: Any) -> None:
-        raise ConnectionError("no route to host")
+        raise ConnectionError("another version of Ray")
 
     import ray
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ray, "init", connect)
-        with pytest.raises(
-            InfrastructureError, match="'head:6379' does not start: ConnectionError: no route"
-        ):
-            Cluster("head:6379").nodes()
+    monkeypatch.setattr(ray, "init", connect)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(InfrastructureError, match=f"'{address}' does not answer: ConnectionError: another version"):
+            Cluster(address).nodes()

@@ -22,6 +22,7 @@ import yaml
 from click.testing import CliRunner
 
 from batchsd.cli import commands
+from batchsd.infra import seconds_of
 from batchsd.types import UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -300,6 +301,20 @@ def test_an_sbatch_script_is_bash_and_says_what_the_job_says(nodes: str, job: Pa
 def test_workers_of_several_nodes_are_counted(job: Path) -> None:
     text = infra("slurm", job, "--nodes", "3", "--gpus-per-node", "4", "--set", "ray.workers=auto")
     assert "--set ray.workers=24" in text  # 3 x 4 GPUs, two workers a GPU
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [("90", 5400), ("90:30", 5430), ("12:00:00", 43200), ("2-12", 216000), ("2-12:30", 217800), ("1-00:00:05", 86405)],
+)
+def test_slurm_s_times(limit: str, seconds: int) -> None:
+    assert seconds_of(limit) == seconds
+
+
+@pytest.mark.parametrize(("limit", "said"), [("7", "too short"), ("7:00", "too short"), ("noon", "12:00:00")])
+def test_a_limit_that_leaves_no_time_is_refused(limit: str, said: str, job: Path) -> None:
+    with pytest.raises(UsageError, match=f"--time-limit {limit}: .*{said}"):
+        infra("slurm", job, "--time-limit", limit)  # its grace is 5 minutes
 
 
 def test_a_crontab_line_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,10 @@ ERRORS = {
         '[run]\ndeadline = "tomorrow"\n',
         "8: run.deadline = \"tomorrow\" should be like '2026-11-23T05:00', or a time of day like '05:00'",
     ),
+    "a GPU and a half": (
+        "[ray]\ngpus_per_worker = 1.5\n",
+        "8: ray.gpus_per_worker = 1.5 should be a share of one GPU, or a whole number of them: Ray gives no other",
+    ),
     "syntax": ("[run]\nseed = \n", "8: not valid TOML: Invalid value"),
     "twice": ("[run]\nseed = 1\nseed = 2\n", "9: not valid TOML: Cannot overwrite a value"),
     "open to the end": ('[run]\nscratch = """\n\n', "9: not valid TOML: Unterminated string"),

@@ -38,6 +38,9 @@ def test_an_address_that_is_no_driver_s_is_refused() -> None:
     for address in ("http://127.0.0.1:8265", "ray://head:10001"):
         with pytest.raises(UsageError, match="ray job submit"):
             choose_address(None, "auto", {"RAY_ADDRESS": address})
+    for address in ("head", "head:", "head:ray"):
+        with pytest.raises(UsageError, match="give host:port"):
+            choose_address(address, "auto", {})
 
 
 @pytest.mark.parametrize(
