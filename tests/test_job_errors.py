@@ -20,7 +20,7 @@ ERRORS = {
     "misspelt section": ("[samplr]\nsteps = 3\n", "7: unknown setting samplr - did you mean 'sampler'?"),
     "nothing like it": (
         "[ray]\nzzz = 1\n",
-        "8: unknown setting ray.zzz; have address, gpus_per_worker, wait, workers",
+        "8: unknown setting ray.zzz; have address, allow_unauthenticated, gpus_per_worker, wait, workers",
     ),
     "text for a number": ('[sampler]\nsteps = "20"\n', '8: sampler.steps = "20" should be a whole number'),
     "truth for a number": ("[sampler]\nsteps = true\n", "8: sampler.steps = true should be a whole number"),
