@@ -170,6 +170,39 @@ def test_plugins_and_schema_are_json(job: Path, batchsd: Run, capsys: pytest.Cap
     assert "sampler" in json.loads(capsys.readouterr().out)["properties"]
 
 
+LOUD = """
+import batchsd
+print("hello from a plugin")
+
+@batchsd.hookimpl
+def register_filters():
+    return {"loud": batchsd.Filter.of(lambda requests, pictures: [None for _ in pictures])}
+"""
+
+
+def test_json_stands_alone_on_stdout(job: Path, batchsd: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whatever plugins and libraries say goes to stderr; a mistake leaves stdout empty."""
+
+    def said(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "batchsd", *arguments, "--json"]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    Path("loud.py").write_text(LOUD)
+    loud = said("plugins", "job.toml", "--set", 'plugins=["./loud.py"]')
+    assert "hello from a plugin" in loud.stderr and "loud" in {row["name"] for row in json.loads(loud.stdout)}
+    wrong = said("status", "nowhere")
+    assert (wrong.returncode, wrong.stdout) == (2, "") and "no run of batchsd is here" in wrong.stderr
+    assert batchsd("run", "job.toml", "--local") == 0
+    capfd.readouterr()
+    assert batchsd("status", "out/run1", "--json") == 0
+    assert json.loads(capfd.readouterr().out)["done"] == 8
+    assert batchsd("status", "out/run1", "--watch", "--json") == 0
+    (watched,) = capfd.readouterr().out.splitlines()
+    assert json.loads(watched)["state"] == "done"
+    assert batchsd("inspect", "tiny-scenes", "--json") == 0
+    assert json.loads(capfd.readouterr().out)["networks"]
+
+
 def test_ray_run_with_clean_output(job: Path, batchsd: Run, capfd: pytest.CaptureFixture[str]) -> None:
     assert batchsd("run", "job.toml", "--address", "local", "--set", "ray.workers=2") == 0
     said = capfd.readouterr()

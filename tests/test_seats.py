@@ -15,7 +15,7 @@ import fakes
 import pytest
 from fakes import draw, expected, lanes, published, run_all, shards_of, workbench
 
-from batchsd import plugins
+from batchsd import plugins, seats
 from batchsd.bench import Source, Workbench
 from batchsd.cluster import Cluster
 from batchsd.deadlines import Patience
@@ -152,6 +152,31 @@ def test_workers_that_never_come_end_the_run(cluster: Cluster, tmp_path: Path) -
     executor = RayActors(refuses, 1, Reserve(cpus=64, wait=3), said.append)
     with pytest.raises(InfrastructureError, match=r"no worker in 3 s \(ray.wait\): each wants 64 CPU; .* 2 CPU"):
         run_all(LocalStore(tmp_path), SHARDS, executor=executor)
+
+
+def test_a_run_begins_with_the_workers_that_come_and_says_who_is_missing(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seats, "SAY_EVERY", 0.5)
+    said: list[str] = []
+    build = partial(workbench, LocalStore(tmp_path), partial(lanes, width=2, seconds=0.1))
+    run_all(LocalStore(tmp_path), SHARDS, executor=RayActors(build, 3, Reserve(cpus=1), said.append))
+    assert published(tmp_path) == expected(SHARDS)
+    missing = "2 of 3 workers are up, waiting for the others: each wants 1 CPU, the cluster has 0 GPU and 2 CPU"
+    assert said.count(missing) >= 2, "it is said again and again"
+
+
+def test_room_that_comes_later_is_used(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seats, "SAY_EVERY", 0.5)
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    store = LocalStore(tmp_path / "run")
+    build = partial(workbench, store, partial(signing, pids))
+    shards = shards_of(12, 6)
+    reserve = Reserve(cpus=1, room=lambda: 2 if any(pids.iterdir()) else 1)
+    run_all(store, shards, executor=RayActors(build, 1, reserve, lambda text: None))
+    assert published(tmp_path / "run") == expected(shards)
+    assert len({path.read_text() for path in pids.iterdir()}) == 2
 
 
 def test_actors_that_cannot_start_end_the_run(cluster: Cluster, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import redirect_stdout
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -104,7 +105,8 @@ def plugins(job: str | None, sets: tuple[str, ...], as_json: bool) -> None:
     """List schedulers, tasks, sinks, scores, filters and watchers with the plugin that brings them."""
     from batchsd.plugins import describe
 
-    rows = describe(load_job(job, sets).plugins if job else (), Path())
+    with redirect_stdout(sys.stderr):  # a plugin may print while it is imported
+        rows = describe(load_job(job, sets).plugins if job else (), Path())
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return
