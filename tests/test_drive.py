@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from fakes import draw, expected, lanes, plan_of, published, run_all, shards_of, workbench
 
-from batchsd import retrying
+from batchsd import dispatch, retrying
 from batchsd.bench import Ticket, Trial
 from batchsd.dispatch import Drive
 from batchsd.drive import drive
 from batchsd.executor import InProcess, Loss
 from batchsd.ledger import Ledger, Tally
+from batchsd.status import read_status
 from batchsd.stop import Stop, Stopped, TooManyFailed, deadline_of
 from batchsd.store import LocalStore
 from batchsd.types import InfrastructureError, Progress, Record, Request, Shard, Tried
@@ -166,6 +167,23 @@ def nan_at(*bad: int) -> Any:
         return Record(request, "nan", "no number") if request.seed in bad else draw(request)
 
     return partial(lanes, record=record)
+
+
+def test_the_status_is_renewed_by_the_clock_and_counts_open_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drive = driver(tmp_path, workers=1)
+    drive.write_status("running")
+    drive.take(0)
+    drive.handle(0, Progress(SHARDS[0], 2, 1))
+    drive.tick()
+    assert drive.ledger.status()["done"] == 0, "it is not time yet"  # type: ignore[index]
+    monkeypatch.setattr(dispatch, "STATUS_EVERY", 0.0)
+    drive.tick()
+    said = drive.ledger.status()
+    assert said is not None and (said["state"], said["done"], sum(said["failed"].values())) == ("running", 3, 1)
+    found = read_status(str(tmp_path))
+    assert (found["state"], found["done"], found["left"]) == ("running", 0, found["rows"]), "markers alone count"
 
 
 def test_too_many_failed_rows_end_the_run_and_keep_what_is_done(tmp_path: Path) -> None:

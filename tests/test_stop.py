@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,10 +23,16 @@ SHARDS = shards_of(8, 4)
 QUICK, STUCK = 0.05, 60.0  # seconds a row
 
 
-def begin(root: Path, grace: float, seconds: float, deadline: float | None = None) -> int:
-    """A run in a process of its own; from its ninth row on each takes `seconds`."""
+def begin(
+    root: Path,
+    grace: float,
+    seconds: float,
+    deadline: float | None = None,
+    record: Callable[[Request], Record] | None = None,
+) -> int:
+    """A run in a process of its own; from its ninth row on each takes `seconds`, or what `record` takes."""
 
-    def record(request: Request) -> Record:
+    def slow(request: Request) -> Record:
         time.sleep(seconds if request.seed >= 8 else 0)
         return draw(request)
 
@@ -36,7 +43,7 @@ def begin(root: Path, grace: float, seconds: float, deadline: float | None = Non
     try:
         stop = Stop(grace, None if deadline is None else time.time() + deadline)
         with signals(stop):
-            run_all(LocalStore(root), SHARDS, partial(lanes, record=record, width=2), stop=stop)
+            run_all(LocalStore(root), SHARDS, partial(lanes, record=record or slow, width=2), stop=stop)
         code = 0
     except BatchsdError as error:
         code = error.exit_code
@@ -96,6 +103,28 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     os.kill(child, signal.SIGINT)
     assert ended(child, tmp_path) == 130
     assert time.monotonic() - began < STUCK / 2
+
+
+def test_a_third_signal_ends_what_swallows_the_second(tmp_path: Path) -> None:
+    def deaf(request: Request) -> Record:
+        until = time.monotonic() + (STUCK if request.seed >= 8 else 0)
+        while time.monotonic() < until:
+            try:
+                time.sleep(STUCK)
+            except BaseException:  # as a library may
+                continue
+        return draw(request)
+
+    child = begin(tmp_path, 300, 0, record=deaf)
+    wait_for_two_shards(tmp_path)
+    began = time.monotonic()
+    for _ in range(3):
+        os.kill(child, signal.SIGTERM)
+        time.sleep(0.3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
+    assert time.monotonic() - began < STUCK / 2
+    run_all(LocalStore(tmp_path), SHARDS)
+    assert published(tmp_path) == expected(SHARDS)
 
 
 def test_the_deadline_needs_nobody_to_look(tmp_path: Path) -> None:
