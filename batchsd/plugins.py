@@ -8,6 +8,7 @@ manager does not. The built-ins come through the same hooks. Nothing that the jo
 
 from __future__ import annotations
 
+import inspect
 import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -256,7 +257,7 @@ def _task_fault(name: str, thing: object) -> str | None:
         return f"({type(thing).__name__}) is not a task: it needs `columns` and `__call__`"
     if not isinstance(thing.columns, tuple) or not all(isinstance(c, str) for c in thing.columns):
         return f"({type(thing).__name__}) must give `columns` as a tuple of column names"
-    return None
+    return _call_fault(thing, "__call__", "request, model, generator")
 
 
 def _sink_fault(name: str, thing: object) -> str | None:
@@ -264,6 +265,17 @@ def _sink_fault(name: str, thing: object) -> str | None:
         return f"is the class {thing.__name__}; register an instance of it"
     if not isinstance(thing, Sink) or not callable(thing.open):
         return f"({type(thing).__name__}) is not a sink: it needs `open(folder, name, schema)`"
+    return _call_fault(thing, "open", "folder, name, schema")
+
+
+def _call_fault(thing: object, method: str, given: str) -> str | None:
+    """What is wrong with the parameters of a method that is called with those `given`."""
+    try:
+        inspect.signature(getattr(thing, method)).bind(*given.split(", "))
+    except TypeError as error:
+        return f"({type(thing).__name__}): {method} is called with ({given}): {error}"
+    except ValueError:  # compiled: it says nothing of its parameters
+        return None
     return None
 
 
@@ -273,6 +285,8 @@ def _viewer_fault(kind: type[Viewer], name: str, thing: object) -> str | None:
         return f"is {type(thing).__name__}, not a {wanted}; a function is wrapped: {wanted}.of(function)"
     if not callable(thing.load):
         return f"has a load that is {type(thing.load).__name__}, not a function of (settings, device)"
+    if wrong := _call_fault(thing, "load", "settings, device"):
+        return wrong
     if not NAMES.fullmatch(name):
         return "is no name for a column: a letter, then letters, digits, _ and -"
     if twice := set(thing.files) & set(thing.options):

@@ -30,6 +30,7 @@ from batchsd.rows import Names, row_hasher
 from batchsd.sinks.aside import Aside
 from batchsd.store import open_store
 from batchsd.types import Sink, UsageError
+from batchsd.vouched import Vouched
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -156,7 +157,9 @@ def names_of(registry: Registry) -> Names:
 
 def sink_of(job: Job, registry: Registry) -> Sink:
     """The job's output layout: pictures that tell what they are, failed rows aside where it says so."""
-    sink = registry.sinks[job.output.sink]
+    sink, owner = registry.sinks[job.output.sink], registry.owners["sink", job.output.sink]
+    if owner != plugins.BUILTIN.name:
+        sink = Vouched(sink, job.output.sink, owner)
     if job.output.embed:
         sink = Told(sink, job.output.embed, partial(called, job, registry))
     return Aside(sink) if job.output.failed == "aside" else sink

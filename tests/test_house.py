@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "stop": "marker",
     "prepare": "columns job judging ledger manifest model pinned plan plugins reader recipe retrying store",
     "recipe": "bench diffusion encode engine job judging manifest model network pinned plugin_source plugins prompts "
-    "provenance reader rows sinks store",
+    "provenance reader rows sinks store vouched",
     "judging": "figures filters job job_errors model plugin_source plugins scores",
     # the trainer, which draws with what it has trained
     "training": "diffusion engine images model tasks",
@@ -84,6 +84,7 @@ MAY_IMPORT = {
     "testing": "columns diffusion encode job scores",
     "defaults": "diffusion sinks tasks",
     "plugins": "diffusion filters hookspecs plugin_source scores",
+    "vouched": "plugin_source",
     "plugin_source": "",
     "hookspecs": "diffusion scores",
     "filters": "",

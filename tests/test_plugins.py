@@ -253,6 +253,22 @@ BROKEN = {
         "import batchsd\n@batchsd.hookimpl\ndef register_sinks(): return {'a': 5}",
         "register_sinks: 'a' (int) is not a sink: it needs `open(folder, name, schema)`",
     ),
+    "a sink's open": (
+        GOOD.replace("def open(self, folder, name, schema)", "def open(self, folder)"),
+        "register_sinks: 'lines' (Lines): open is called with (folder, name, schema): too many positional arguments",
+    ),
+    "a task's call": (
+        GOOD.replace("def __call__(self, request, model, generator)", "def __call__(self, request, model, rng, more)"),
+        "register_tasks: 'square' (Square): __call__ is called with (request, model, generator): missing a required",
+    ),
+    "a score's load": (
+        "import batchsd\n@batchsd.hookimpl\ndef register_scores(): return {'a': batchsd.Score(lambda device: None)}",
+        "register_scores: 'a' (Score): load is called with (settings, device): too many positional arguments",
+    ),
+    "a bare function for a filter": (
+        "import batchsd\n@batchsd.hookimpl\ndef register_filters(): return {'a': len}",
+        "register_filters: 'a' is builtin_function_or_method, not a batchsd.Filter; a function is wrapped",
+    ),
     "no scheduler": (
         "import batchsd\n@batchsd.hookimpl\ndef register_schedulers(): return {'a': len}",
         "register_schedulers: 'a' is builtin_function_or_method, not a batchsd.Scheduler",

@@ -8,8 +8,11 @@ written in one transaction, in row order, so that the same rows give the same by
 
 from __future__ import annotations
 
+import errno
 import json
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date, datetime, time
 from pathlib import Path
 
@@ -40,12 +43,24 @@ class SqliteShard:
 
     def add(self, record: Record) -> None:
         values = row_values(record, self.schema, self.name)
-        self.database.execute(self.insert, [cell(values[name]) for name in self.schema.names])
+        with storage(self.partial):
+            self.database.execute(self.insert, [cell(values[name]) for name in self.schema.names])
 
     def close(self) -> None:
-        self.database.execute("COMMIT")
+        with storage(self.partial):
+            self.database.execute("COMMIT")
         self.database.close()
         self.partial.replace(self.path)
+
+
+@contextmanager
+def storage(path: Path) -> Iterator[None]:
+    """A full or failing disk as the system says it: batchsd tries again, and then names the path and the free space."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        full = error.sqlite_errorname == "SQLITE_FULL"
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
 
 
 def quoted(name: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sqlite3
 from pathlib import Path
 
 import batchsd_sqlite
+import pytest
 
 from batchsd.testing import check_sink, example_records, example_schema
 
@@ -18,7 +20,16 @@ def read(folder: Path, columns: str = "image") -> list[tuple]:
 
 
 def test_contract(tmp_path: Path) -> None:
-    check_sink(batchsd_sqlite.SqliteSink(), tmp_path, lambda folder: [image for (image,) in read(folder)])
+    check_sink(batchsd_sqlite.register_sinks()["sqlite"], tmp_path, lambda folder: [image for (image,) in read(folder)])
+
+
+def test_a_full_disk_is_said_as_the_system_says_it(tmp_path: Path) -> None:
+    writer = batchsd_sqlite.SqliteSink().open(tmp_path, "train-00000-of-00001", example_schema())
+    writer.database.execute("PRAGMA max_page_count = 3")
+    with pytest.raises(OSError) as error:
+        for record in example_records(60):
+            writer.add(record)
+    assert error.value.errno == errno.ENOSPC and error.value.filename.endswith("train-00000-of-00001.sqlite.partial")
 
 
 def test_every_column_is_there(tmp_path: Path) -> None:

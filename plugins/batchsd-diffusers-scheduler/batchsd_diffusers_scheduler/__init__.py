@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -124,12 +125,17 @@ def narrow(function: Any, options: Mapping[str, Any]) -> None:
 def guarded(name: str, kind: type, run: Callable[[], Any]) -> Any:
     """Run it; what the scheduler does or raises that fits no table becomes one UsageError that names it."""
     where = f"scheduler {name!r} cannot run as a table: diffusers' {kind.__name__}"
+    remarks = logging.getLogger("diffusers")
+    level = remarks.level
+    remarks.setLevel(logging.ERROR)  # it remarks on every default that does not go with another
     try:
         return run()
     except Unfit as reason:
         raise UsageError(f"{where} {reason}") from None
     except (AttributeError, ImportError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(f"{where} raises {type(error).__name__}: {' '.join(str(error).split())}") from error
+    finally:
+        remarks.setLevel(level)
 
 
 def configured(given: Any, schedule: Any, said: Mapping[str, Any]) -> dict[str, Any]:
