@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from batchsd.access import has_token
 from batchsd.executor import describe
 from batchsd.types import InfrastructureError
 
@@ -59,7 +60,10 @@ class Cluster:
     def _alive(self) -> list[dict[str, Any]]:
         self._up.wait()
         if self._error is not None:
-            raise InfrastructureError(f"Ray at {self.address!r} does not answer: {describe(self._error)}")
+            # Where somebody listens and Ray says no more than that it failed.
+            tokenless = type(self._error) is ConnectionError and self.address != "local" and not has_token(os.environ)
+            hint = "; if it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here too" if tokenless else ""
+            raise InfrastructureError(f"Ray at {self.address!r} does not answer: {describe(self._error)}{hint}")
         import ray
 
         return [node for node in ray.nodes() if node["Alive"]]

@@ -10,10 +10,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchsd import plugins
 from batchsd.diffusion.builtin import resolve
 from batchsd.progress import duration
 from batchsd.types import Request, Shard
@@ -40,7 +38,7 @@ class Rate:
 
 def sample(prepared: Prepared) -> list[Request]:
     """Up to `PLACES * ROWS_A_PLACE` rows of the plan, those that cannot be drawn left out."""
-    shards, reader = prepared.shards, prepared.recipe.reader()
+    shards, reader = prepared.shards, prepared.recipe.reader(prepared.registry)
     step = max(1, len(shards) // PLACES)
     rows = (request for shard in shards[::step][:PLACES] for request in islice(reader.read(shard), ROWS_A_PLACE))
     return [request for request in rows if request.error is None]
@@ -82,7 +80,7 @@ def estimate_lines(
     if not requests:
         return ["work    no row of the sample can be drawn: batchsd validate lists why"]
     plan, manifest = prepared.plan, prepared.recipe.manifest
-    schedulers = plugins.build(prepared.recipe.plugins, Path()).schedulers
+    schedulers = prepared.registry.schedulers
 
     def calls(name: str) -> int:
         return 1 if name == "model" else resolve(name, {}, schedulers).calls

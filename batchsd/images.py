@@ -25,6 +25,7 @@ MAX_PIXELS = 2**26
 RESIZES = ("crop", "pad", "stretch")
 
 _NPY = b"\x93NUMPY"
+_ORIENTATION = 0x0112  # of EXIF
 _WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # whole numbers beyond 8 bits
 
 
@@ -72,15 +73,26 @@ def decoded_ahead(column: str, content: bytes, uses: int) -> File:
     return file
 
 
-def looked_at(column: str, content: bytes, uses: int) -> bytes:
-    """The bytes, if their header is that of an image file of a size that is taken. Raises RowError."""
-    if column in _BY_COLUMN:
+def looked_at(column: str, content: bytes, uses: int) -> File:
+    """The file as if it were decoded: blank, of the size that its header says. Raises RowError for what is no image."""
+    file = File(content)
+    file.decoded = {}
+    if decode := _BY_COLUMN.get(column):
         with _decoding():
             if column == "depth" and content.startswith(_NPY):
-                _npy_shape(io.BytesIO(content))
+                height, width = _npy_shape(io.BytesIO(content))
             else:
-                _opened(content)
-    return content
+                picture = _opened(content)
+                width, height = picture.size
+                # Of a PNG Pillow would decode all to look for EXIF behind the pixels.
+                tagged = picture.format != "PNG" or "exif" in picture.info
+                if tagged and picture.getexif().get(_ORIENTATION, 1) > 4:  # lies on its side
+                    width, height = height, width
+        blank: Any = np.zeros((height, width), np.float32)
+        if decode is not _field:
+            blank = Image.new("RGB" if decode is _rgb else "L", (width, height))
+        file.decoded = {decode: [blank] * uses}
+    return file
 
 
 def _taken(content: bytes, decode: Decode) -> Any:

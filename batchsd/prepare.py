@@ -44,6 +44,7 @@ class Prepared:
     recipe: Recipe
     warnings: tuple[str, ...]
     recognised: tuple[str, ...]
+    registry: Registry
 
     @property
     def max_failed(self) -> float:
@@ -164,7 +165,7 @@ class Draft:
         packed = self.registry.sources[1:]
         recipe = Recipe(job, manifest, packed, schema, self.checkpoint, self.dtype, ledger.store.uri)
         warnings = (*soft_differences(standing, plan), *slow_types(self.dtype, self.gpu))
-        return Prepared(plan, shards, ledger, recipe, warnings, self.recognised)
+        return Prepared(plan, shards, ledger, recipe, warnings, self.recognised, self.registry)
 
 
 def recognised(job: Job, checkpoint: str, standing: Plan | None) -> tuple[str, ...]:

@@ -295,10 +295,13 @@ def repaired(batch: pa.RecordBatch) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(arrays, schema=batch.schema)
 
 
-def scan(manifest: Manifest, job: Job, names: Names) -> Iterator[tuple[str, str]]:
+def scan(
+    manifest: Manifest, job: Job, names: Names, judge: Callable[[Request], str | None] = lambda request: None
+) -> Iterator[tuple[str, str]]:
     """(key, what is wrong) for every row that would be refused, in order; reads the columns it needs.
 
-    Of images the headers are looked at: what is damaged further on fails when it is drawn.
+    Of images the headers are looked at: what is damaged further on fails when it is drawn. `judge` says what is wrong
+    with a row that reads well (see `rehearsal`).
     """
     reader = Reader(manifest, job, names, hasher=lambda fields: "", travelling=False, open_image=looked_at)
     for number, file in enumerate(manifest.files):
@@ -306,5 +309,5 @@ def scan(manifest: Manifest, job: Job, names: Names) -> Iterator[tuple[str, str]
             continue
         whole_file = Shard(plan=1, index=0, total=1, file=number, start=0, count=file.rows)
         for request in reader.read(whole_file):
-            if request.error and request.repeat_index == 0:
-                yield request.key, str(request.error)
+            if request.repeat_index == 0 and (wrong := request.error or judge(request)):
+                yield request.key, str(wrong)

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     # the command line
     "__main__": "cli",
     "cli": "cluster doctor drive estimate export infra job ledger lock manifest marker model new_plugin place "
-    "plugins prepare progress reader recipe report reproduce revise starter status stop store summary verify",
+    "plugins prepare progress reader recipe rehearsal report reproduce revise starter status stop store summary verify",
     "summary": "card contact ledger marker prepare progress redact report revise",
     "report": "alike marker plan published redact reread store strips survey values",
     "strips": "diffusion engine lanes lock progress reproduce reread",
@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "infra": "job",
     "new_plugin": "plugins starter",
     "starter": "",
-    "estimate": "bench diffusion plugins prepare progress",
+    "estimate": "bench diffusion prepare progress",
     "export": "card ledger marker reread store writer",
     "reread": "columns job ledger marker plan plugins published recipe rows sinks store values",
     "status": "ledger lock marker progress store",
@@ -45,9 +45,9 @@ MAY_IMPORT = {
     "place": "access cluster deadlines executor job metrics preflight recipe seats",
     "metrics": "bench executor progress",
     "preflight": "access job model recipe store",
-    "access": "",
     "seats": "actor bench deadlines executor",
-    "cluster": "executor",
+    "cluster": "access executor",
+    "access": "",
     "actor": "bench executor run",
     "drive": "dispatch executor ledger marker plan progress stop",
     "dispatch": "bench executor ledger marker memory plan progress retrying stop",
@@ -59,6 +59,7 @@ MAY_IMPORT = {
     "prepare": "columns job judging ledger manifest model pinned plan plugins reader recipe retrying store",
     "recipe": "bench diffusion encode engine job judging manifest model network pinned plugin_source plugins prompts "
     "provenance reader rows sinks store vouched",
+    "rehearsal": "images model",
     "judging": "figures filters job job_errors model plugin_source plugins scores",
     # the trainer, which draws with what it has trained
     "training": "diffusion engine images model tasks",

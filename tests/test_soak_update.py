@@ -66,7 +66,7 @@ def run(job: Any, begin: Any, log: Path | None, store: LocalStore) -> None:
     drive(part.ledger, part.plan, beginning.tally, part.shards, executor, *limits, revisions=beginning.revisions)
 
 
-REST = ("recipe", "warnings", "recognised")
+REST = ("recipe", "warnings", "recognised", "registry")
 
 
 def killed(job: Any, log: Path, step: str, at: int) -> bool:

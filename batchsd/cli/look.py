@@ -55,18 +55,23 @@ def plan(
 def validate(job: str, sets: tuple[str, ...], day: datetime | None) -> None:
     """Read every row of JOB's manifest and list those that would be refused."""
     from batchsd import plugins
+    from batchsd.job import fetch_models, model_options, model_path
     from batchsd.manifest import open_manifest
     from batchsd.prepare import check_registered
     from batchsd.reader import scan
     from batchsd.recipe import names_of
+    from batchsd.rehearsal import hollow, rehearsal
 
     loaded = load_job(job, sets, day)
     registry = plugins.build(loaded.plugins, Path())
     check_registered(loaded, registry)
     names = names_of(registry)
     manifest = open_manifest(loaded, names=names)
+    fetch_models(loaded, say)
+    options = model_options(loaded)
+    judge = rehearsal(hollow(model_path(loaded), options["vae"], options["ema"]), registry.tasks)
     bad = 0
-    for key, what in scan(manifest, loaded, names):
+    for key, what in scan(manifest, loaded, names, judge):
         bad += 1
         if bad <= 20:
             click.echo(f"{key}: {what}")
