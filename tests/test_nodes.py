@@ -5,13 +5,27 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fakes
 import pytest
-from runs import check_every_row_once, command, environment, markers, started, who_drew
+from fakes import draw, expected, lanes, published, run_all, shards_of, workbench
+from runs import ROOT, check_every_row_once, command, environment, markers, started, who_drew
+
+from batchsd.bench import Source
+from batchsd.job import Job, load
+from batchsd.place import Place
+from batchsd.seats import RayActors, Reserve
+from batchsd.store import LocalStore
+from batchsd.types import Record, Request, Shard
 
 pytestmark = pytest.mark.cluster
 
@@ -112,3 +126,66 @@ def test_a_node_that_joins_in_mid_run_draws(cluster: Any, tmp_path: Path, run: A
     assert "room for 1" in said and len(old) == len(new) == 1
     assert shards_by(output, new) > 0 and shards_by(output, old) > 0
     check_every_row_once(output, repeat=2)
+
+
+def together(folder: Path, count: int, sources: Iterable[Source | None]) -> Iterator[tuple[Shard, Record]]:
+    """Draws nothing before `count` workers are there; each says below which raylet it is."""
+    (folder / f"{os.getppid()}.{os.getpid()}").touch()
+
+    def record(request: Request) -> Record:
+        end = time.monotonic() + 120
+        while len(list(folder.iterdir())) < count and time.monotonic() < end:
+            time.sleep(0.1)
+        return draw(request)
+
+    return lanes(sources, width=2, record=record)
+
+
+def gpu_job(folder: Path, workers: str, each: float) -> Job:
+    sets = (f"output.uri={folder}/out", "model.device=cuda", f"ray.workers={workers}", f"ray.gpus_per_worker={each}")
+    return load(ROOT / "jobs" / "quickstart.toml", sets, {})
+
+
+def seated(cluster: Any, folder: Path, job: Job, count: int) -> Counter[int]:
+    """Runs fakes where GPUs are only said to be; workers by raylet."""
+    import ray.cloudpickle
+
+    for module in (fakes, sys.modules[__name__]):  # the actors cannot import test files: these travel as code
+        ray.cloudpickle.register_pickle_by_value(module)
+    store, there = LocalStore(folder / "run"), folder / "there"
+    there.mkdir()
+    with Place(job, cluster.address) as place:
+        crew = place.crew
+        reserve = Reserve(crew.cpus, crew.gpus, crew.threads, job.ray.wait)
+        build = partial(workbench, store, partial(together, there, count))
+        run_all(store, shards_of(2 * count, 2), executor=RayActors(build, crew.workers, reserve, print))
+    assert published(folder / "run") == expected(shards_of(2 * count, 2))
+    return Counter(int(path.name.partition(".")[0]) for path in there.iterdir())
+
+
+@pytest.mark.parametrize(("each", "workers"), [(0.5, (2, 4)), (1, (1, 2)), (2, (0, 1))])
+def test_gpus_and_shares_of_them_on_two_types_of_nodes(
+    each: float, workers: tuple[int, int], cluster: Any, tmp_path: Path
+) -> None:
+    small, large = cluster.add_node(num_cpus=1, num_gpus=1), cluster.add_node(num_cpus=2, num_gpus=2)
+    found = seated(cluster, tmp_path, gpu_job(tmp_path, "auto", each), sum(workers))
+    assert (found[raylet(small)], found[raylet(large)]) == workers and found.total() == sum(workers)
+
+
+def test_a_cluster_grows_from_zero(cluster: Any, tmp_path: Path) -> None:
+    """Nothing has a GPU when the run begins; a node comes because two workers wait for one."""
+
+    def waiting() -> int:
+        return len(cluster.global_state.actor_table(None, actor_state_name="PENDING_CREATION"))
+
+    def autoscaler() -> None:
+        while waiting() < 2:
+            time.sleep(0.5)
+        added.append(cluster.add_node(num_cpus=1, num_gpus=1))
+
+    added: list[Any] = []
+    thread = threading.Thread(target=autoscaler, daemon=True)
+    thread.start()
+    found = seated(cluster, tmp_path, gpu_job(tmp_path, "2", 0.5), 2)
+    thread.join()
+    assert found == {raylet(added[0]): 2}
