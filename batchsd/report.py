@@ -89,7 +89,7 @@ def write_report(
         shards=sum(standing.shards for standing in everything),
         done=len(written),
         found=found,
-        sheets=[(sheet.title, sheet.seen, [tiles[place] for place in sheet.places]) for sheet in sheets],
+        sheets=[(sheet, [tiles[place] for place in sheet.places]) for sheet in sheets],
         groups=[(size, [tiles[place] for place in places]) for size, places in groups],
         alike=(len(alike), sum(map(len, alike)), APART),
         strips=drawn,

@@ -23,7 +23,7 @@ from batchsd.values import SCORE
 
 Place = tuple[int, int]
 
-KEYS = 20  # rows that are named, a kind of failure
+KEYS = 12  # rows that are named, a kind of failure
 MOST, EACH = 120, 24  # pictures of the random sheet, of any other
 BUDGETS = {"sampler": 96, "guidance": 72, "score": 96, "rejected": 48}  # pictures of all sheets of a kind
 GROUP, GROUPS = 6, 12  # pictures of a group that look alike, and groups
@@ -34,11 +34,12 @@ COUNTS = ("scheduler", "task", "width x height")
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
-    """Places of pictures under a title; `seen` is of how many."""
+    """Places of pictures under a title; `seen` is of how many. `values`, where given, are what they are shown for."""
 
     title: str
     seen: int
     places: Sequence[Place]
+    values: Sequence[float] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +85,11 @@ class Ends:
         for heap, key in ((self.high, value), (self.low, -value)):
             (heapq.heappush if len(heap) < EACH else heapq.heappushpop)(heap, (key, place))
 
-    def places(self, heap: list[tuple[float, Place]], count: int) -> list[Place]:
-        return [place for _, place in sorted(heap, key=lambda pair: (-pair[0], pair[1]))[:count]]
+    def sheets(self, name: str, count: int) -> Iterator[Sheet]:
+        for title, heap, sign in (("Highest", self.high, 1), ("Lowest", self.low, -1)):
+            pairs = sorted(heap, key=lambda pair: (-pair[0], pair[1]))[:count]
+            places, values = [place for _, place in pairs], [sign * value for value, _ in pairs]
+            yield Sheet(f"{title} {name}", self.seen, places, values)
 
 
 @dataclass
@@ -160,9 +164,7 @@ class Survey:
             if len(self.parts[part]) > 1:  # one sampler alone is the random sheet again
                 yield from self._sheets(part)
         for name, ends in self.scores.items():
-            count = max(1, min(EACH, BUDGETS["score"] // (2 * len(self.scores))))
-            yield Sheet(f"Highest {name}", ends.seen, ends.places(ends.high, count))
-            yield Sheet(f"Lowest {name}", ends.seen, ends.places(ends.low, count))
+            yield from ends.sheets(name, max(1, min(EACH, BUDGETS["score"] // (2 * len(self.scores)))))
         yield from self._sheets("rejected")
 
     def _sheets(self, part: str) -> Iterator[Sheet]:

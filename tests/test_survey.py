@@ -68,6 +68,7 @@ def test_best_and_worst_by_every_score() -> None:
     count = BUDGETS["score"] // 4
     assert [index for _, index in sheets["Lowest clip"].places] == order[:count]
     assert [index for _, index in sheets["Highest clip"].places] == order[::-1][:count]
+    assert list(sheets["Lowest clip"].values) == [values[i] for i in order[:count]]
     assert sheets["Highest face"].seen == 1  # no number is no score
 
 
