@@ -135,3 +135,16 @@ def test_the_report_of_every_layout_shows_the_same(draw, sink: str) -> None:
     shown = [re.findall(r'alt="(.*?)" title="(.*?)" src="(.*?)"', page) for page in pages]
     assert sorted(shown[0]) == sorted(shown[1]) and len(shown[0]) >= len(GOOD)
     assert [page.count("bad_input") for page in pages] == [1, 1]
+
+
+def test_a_report_that_fails_is_a_remark(draw, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from batchsd import report
+
+    def fail(*arguments: object) -> None:
+        raise ZeroDivisionError("no rows at s3://key:secret@bucket\nfor ever")
+
+    monkeypatch.setattr(report, "survey", fail)
+    run = draw("parquet", "sampler.guidance_scale=3")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith("; no report (no rows at s3://<redacted>@bucket for ever)") and "contact.png" in line
+    assert not (run / "report.html").exists() and (run / "__batchsd/SUCCESS.json").exists()
