@@ -21,7 +21,7 @@ from batchsd.filters import Bound, Named, parse, reason_of
 from batchsd.job import Job
 from batchsd.job_errors import have, suggestion
 from batchsd.model.fingerprint import content_hash
-from batchsd.plugin_source import cause
+from batchsd.plugin_source import cause, short_name
 from batchsd.plugins import Registry
 from batchsd.scores import Pictures, Settings, Verdict, Viewer
 from batchsd.types import BatchsdError, Request, UsageError
@@ -126,11 +126,6 @@ def refuse_unknown_settings(job: Job, registry: Registry) -> None:
         for key in settings:
             if key not in known[plugin]:
                 raise UsageError(f"{where}.{key}: unknown setting{have(known[plugin])}")
-
-
-def short_name(plugin: str) -> str:
-    """What `[plugin.<name>]` calls it: `mine` for `./mine.py`, else as `plugins` has it."""
-    return Path(plugin).stem if plugin.endswith(".py") or "/" in plugin else plugin
 
 
 @dataclass

@@ -59,6 +59,11 @@ def find(name: str, base: Path) -> Source:
     raise UsageError(f"plugin {name!r} is no installed plugin and no module; {_advice(name, base)}")
 
 
+def short_name(plugin: str) -> str:
+    """What `[plugin.<name>]` and a plan call it: `mine` for `./mine.py`, wherever that is, else as `plugins` has it."""
+    return Path(plugin).stem if plugin.endswith(".py") or "/" in plugin else plugin
+
+
 def recheck(packed: Source, base: Path) -> Source:
     """A packed plugin on this node: its own text, or what is installed here if that is the same code."""
     if packed.text is not None:

@@ -24,7 +24,7 @@ import pluggy
 
 from batchsd import __version__, hookspecs
 from batchsd.filters import NAME
-from batchsd.plugin_source import GROUP, Source, cause, find, from_entry_point, load, recheck
+from batchsd.plugin_source import GROUP, Source, cause, find, from_entry_point, load, recheck, short_name
 from batchsd.scores import Filter, Score, Viewer
 from batchsd.types import Progress, Shard, ShardResult, Sink, Task, UsageError
 
@@ -126,8 +126,11 @@ def pack(names: Sequence[str | Source], base: Path) -> tuple[Source, ...]:
     found: list[Source] = []
     for name in names:
         source = find(name, base) if isinstance(name, str) else recheck(name, base)
-        if any(source.name == other.name for other in found):
-            raise UsageError(f"plugins: {source.name!r} is listed twice")
+        for other in found:
+            if source.name == other.name:
+                raise UsageError(f"plugins: {source.name!r} is listed twice")
+            if (short := short_name(source.name)) == short_name(other.name):
+                raise UsageError(f"plugins: {other.name!r} and {source.name!r} are both called {short!r}; rename one")
         found.append(source)
     return tuple(found)
 

@@ -21,6 +21,7 @@ from batchsd.manifest import MAX_SHARDS, Manifest, divide, open_manifest
 from batchsd.model.fingerprint import checkpoint_hash
 from batchsd.pinned import pinned_facts
 from batchsd.plan import Plan
+from batchsd.plugin_source import short_name
 from batchsd.plugins import Registry
 from batchsd.reader import scan
 from batchsd.recipe import Recipe, names_of, versions
@@ -121,7 +122,7 @@ class Draft:
             "output.rejected": job.output.rejected,
             **chosen(job, registry).facts(),
             **pinned_facts(job, gpu),
-            **{f"plugin {source.name}": source.sha256 or source.version for source in packed},
+            **{f"plugin {short_name(source.name)}": source.sha256 or source.version for source in packed},
         }
         soft = {
             **versions(),

@@ -56,7 +56,8 @@ MAY_IMPORT = {
     "poison": "",
     "deadlines": "",
     "stop": "marker",
-    "prepare": "columns job judging ledger manifest model pinned plan plugins reader recipe retrying store",
+    "prepare": "columns job judging ledger manifest model pinned plan plugin_source plugins reader recipe retrying "
+    "store",
     "recipe": "bench diffusion encode engine job judging manifest model network pinned plugin_source plugins prompts "
     "provenance reader rows sinks store vouched",
     "rehearsal": "images model",

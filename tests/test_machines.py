@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import shutil
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from machines import Machine, machines, missing, reaches
 from runs import ROOT, Started, check_every_row_once, command, environment, markers, started, who_drew
@@ -100,6 +102,35 @@ def test_another_batchsd_is_refused(net: Net, tmp_path: Path) -> None:
     with net.other.instead(door, older):
         text = refused(net, tmp_path / "out")
     assert text == f"batchsd is 0.0.1 there, {batchsd.__version__} here; install the same everywhere"
+
+
+HERE = """
+from pathlib import Path
+from batchsd import Score, hookimpl
+
+@hookimpl
+def register_scores():
+    return {"file_here": Score.of(lambda requests, pictures: [Path(__file__).exists()] * len(pictures))}
+"""
+
+
+def test_a_plugin_of_one_file_works_where_the_file_is_not(net: Net, tmp_path: Path) -> None:
+    """Its text travels with the recipe; each machine says whether it sees the file. Its hash is a fact of the plan."""
+    folder, output = tmp_path / "mine", tmp_path / "out"
+    folder.mkdir()
+    (folder / "mine.py").write_text(HERE.replace("Path(__file__).exists()", "float(Path(__file__).exists())"))
+    asked = [f'plugins=["{folder}/mine.py"]', 'output.scores=["file_here"]']
+    with net.other.instead(folder):
+        with net.driver(output, *(word for text in asked for word in ("--set", text))) as process:
+            process.ends(0)
+    check_every_row_once(output)
+    hosts = {marker["shard"]: marker["facts"]["host"] for marker in markers(output)}
+    assert set(hosts.values()) == {net.head.name, net.other.name}
+    for shard, host in hosts.items():
+        (file,) = output.glob(f"data/train-{shard:05d}-of-*.parquet")
+        assert set(pq.read_table(file)["file_here"].to_pylist()) == {float(host == net.head.name)}
+    plan = (output / "__batchsd" / "plans" / "0001.json").read_text()
+    assert hashlib.sha256((folder / "mine.py").read_bytes()).hexdigest() in plan
 
 
 def test_the_quickstart_over_both_of_which_one_dies(net: Net, tmp_path: Path) -> None:

@@ -339,6 +339,13 @@ def test_listed_twice(plugin, tmp_path):
     assert refusal([name, name], tmp_path) == "plugins: './mine.py' is listed twice"
 
 
+def test_two_of_one_short_name(plugin, tmp_path):
+    """`[plugin.mine]` would be both's, and so would the line of the plan that holds the hash."""
+    (tmp_path / "other").mkdir()
+    names = [plugin(GOOD), plugin(SAMPLER, "other/mine.py")]
+    assert refusal(names, tmp_path) == "plugins: './mine.py' and './other/mine.py' are both called 'mine'; rename one"
+
+
 def test_describe(plugin, installed, tmp_path):
     installed("acme", "raise RuntimeError('imported')", "acme_listed", "3.1")
     name = plugin(GOOD + "@batchsd.hookimpl\ndef shard_started(shard): ...\n")
