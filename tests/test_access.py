@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from runs import ROOT, SLOW, environment
 
 from batchsd.access import check_access, has_token, is_loopback, is_node, mode_here, warning
 from batchsd.types import UsageError
@@ -79,3 +84,53 @@ def test_ray_decides_as_we_say(environ: dict[str, str], file: bool, tmp_path: Pa
         if mode != "None":
             patch.setenv("RAY_AUTH_MODE", mode)  # what a raylet hands down to its workers
         assert mode_here() == ("token" if asks == "True" else "open")
+
+
+@contextmanager
+def cluster(**environ: str) -> Iterator[str]:
+    """One node without a GPU, at this machine's outer address: its address."""
+    from ray.cluster_utils import Cluster
+
+    folder = tempfile.mkdtemp(prefix="bray")  # short: sockets lie below it
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(RAY_TMPDIR=folder, RAY_worker_niceness="0", **environ).items():
+            patch.setenv(name, value)
+        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        try:
+            yield found.address
+        finally:
+            found.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def batchsd(*words: str, **environ: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "batchsd", *words],
+        env=environment(**environ), capture_output=True, text=True, timeout=SLOW, cwd=ROOT,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.cluster
+def test_a_cluster_that_is_open_and_has_no_gpu(tmp_path: Path) -> None:
+    with cluster(RAY_AUTH_MODE="disabled") as address:
+        code, said = batchsd("doctor", "--address", address, RAY_AUTH_MODE="disabled")
+        print(said)
+        assert code == 0 and "1 of 1 nodes ask for no token" in said
+        words = ("run", "jobs/quickstart.toml", "--address", address, "--set", f"output.uri={tmp_path / 'out'}")
+        code, said = batchsd(*words, RAY_AUTH_MODE="disabled")
+        print(said)
+        assert code == 3 and "the cluster has 0 on 1 nodes; add one with GPUs, or set model.device = 'cpu'" in said
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.cluster
+def test_a_cluster_that_asks_for_a_token() -> None:
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 40}
+    with cluster(**token) as address:
+        code, said = batchsd("doctor", "--address", address, **token)
+        print(said)
+        assert code == 0 and "every node asks for a token" in said
+        code, said = batchsd("doctor", "--address", address, RAY_AUTH_MODE="disabled")
+        print(said)
+        assert code == 3 and "RAY_AUTH_TOKEN here too" in said

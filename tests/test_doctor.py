@@ -94,3 +94,9 @@ def test_a_job_is_looked_at_whole(tmp_path: Path, checkpoint: Path, monkeypatch:
 
     tight = NodeFacts("box", versions(), "12.8", (("toy", 1000),), 1)
     assert memory_finding(load(tmp_path / "job.toml", (), {}), "float16", tight).state == "bad"
+
+
+def test_a_cluster_from_outside_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    said = CliRunner().invoke(commands, ["doctor", "--address", "203.0.113.7:6379"])  # for documentation: nobody's
+    assert said.exit_code == 2 and "none of its nodes" in said.output and "torch" in said.output

@@ -22,7 +22,7 @@ LONGEST = 330  # lines; a longer file is two files
 MAY_IMPORT = {
     # the command line
     "__main__": "cli",
-    "cli": "cluster doctor drive estimate export infra job ledger lock manifest marker model new_plugin place "
+    "cli": "access cluster doctor drive estimate export infra job ledger lock manifest marker model new_plugin place "
     "plugins prepare progress reader recipe rehearsal report reproduce revise starter status stop store summary verify",
     "summary": "card contact ledger marker prepare progress redact report revise",
     "report": "alike marker plan published redact reread store strips survey values",

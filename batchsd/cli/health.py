@@ -13,7 +13,7 @@ import click
 from batchsd.cli.options import load_job, set_option
 
 if TYPE_CHECKING:
-    from batchsd.doctor import Finding
+    from batchsd.doctor import Finding, NodeFacts
 
 MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
 
@@ -25,6 +25,8 @@ MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
 def doctor(job: str | None, sets: tuple[str, ...], address: str | None) -> None:
     """Look at this installation, at JOB if given, and at the Ray cluster if there is one."""
     from batchsd import doctor as look
+    from batchsd.access import check_access, is_node
+    from batchsd.cluster import Cluster
     from batchsd.place import choose_address
     from batchsd.prepare import prepare
 
@@ -37,10 +39,13 @@ def doctor(job: str | None, sets: tuple[str, ...], address: str | None) -> None:
     where = choose_address(address, loaded.ray.address if loaded else "auto", os.environ)
     with ExitStack() as stack:
         if where not in ("none", "local"):
-            from batchsd.cluster import Cluster
 
-            ray = stack.enter_context(closing(Cluster(where)))
-            groups.append(partial(look.cluster, ray.on_every_node, where))
+            def everywhere(call: Callable[[], NodeFacts]) -> dict[str, NodeFacts]:
+                allowed = bool(loaded and loaded.ray.allow_unauthenticated)
+                check_access(where, allowed, "ray.allow_unauthenticated", os.environ, is_node(where))
+                return stack.enter_context(closing(Cluster(where))).on_every_node(call)
+
+            groups.append(partial(look.cluster, everywhere, where))
         found = []
         for finding in look.findings(groups):
             found.append(finding)
