@@ -169,6 +169,8 @@ def slurm(
     if job.ray.workers == "auto" and nodes > 1:
         share = job.ray.gpus_per_worker
         sets = (*sets, f"ray.workers={int(nodes * gpus / share) if gpus and share else nodes}")
+    if not gpus and job.model.device == "auto":
+        sets = (*sets, "model.device=cpu")  # "auto" would refuse a cluster without GPUs
     warning = max(WARNING, int(job.run.grace) + 60)
     if time_limit and seconds_of(time_limit) <= warning + 60:
         raise UsageError(

@@ -301,6 +301,9 @@ def test_an_sbatch_script_is_bash_and_says_what_the_job_says(nodes: str, job: Pa
 def test_workers_of_several_nodes_are_counted(job: Path) -> None:
     text = infra("slurm", job, "--nodes", "3", "--gpus-per-node", "4", "--set", "ray.workers=auto")
     assert "--set ray.workers=24" in text  # 3 x 4 GPUs, two workers a GPU
+    assert "model.device" not in text
+    text = infra("slurm", job, "--nodes", "3", "--gpus-per-node", "0", "--set", "ray.workers=auto")
+    assert "--set ray.workers=3 --set model.device=cpu" in text and "#SBATCH --gpus" not in text
 
 
 @pytest.mark.parametrize(
