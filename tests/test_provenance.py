@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,3 +117,24 @@ def test_exiftool_reads_it(format, tmp_path):
     assert found["DigitalSourceType"].endswith("trainedAlgorithmicMedia")
     assert "Warning" not in found and "Error" not in found
     assert "Steps: 20" in found.get("Parameters", found.get("UserComment", ""))
+
+
+def test_a_kept_picture_says_the_row_as_it_is_now(tmp_path: Path, checkpoint: Path) -> None:
+    """An update redraws nothing where only a column changed that no pixel depends on; the file follows its row."""
+    from null_model import job_at, rows_of, run_job, write_manifest
+
+    from batchsd.revise import begin_update
+
+    write_manifest(tmp_path / "prompts.parquet", ["a", "b"], note=["old", "same"])
+    job, log = job_at(tmp_path, checkpoint), tmp_path / "log"
+    run_job(job, log)
+    before = rows_of(job)
+    write_manifest(tmp_path / "prompts.parquet", ["a", "b"], note=["new", "same"])
+    run_job(job, log, begin_update)
+    assert sorted(log.read_text().split()) == ["id0", "id1"]  # drawn once
+    now = rows_of(job)
+    assert [row["note"] for row in now] == ["new", "same"] and now[1] == before[1]
+    for was, row in zip(before, now, strict=True):
+        opened, first = (Image.open(io.BytesIO(each["image"])) for each in (row, was))
+        assert json.loads(opened.text["batchsd"])["note"] == row["note"]
+        assert opened.tobytes() == first.tobytes()

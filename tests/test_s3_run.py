@@ -88,7 +88,9 @@ def test_a_run(here: str, tmp_path: Path) -> None:
     assert "2 shards are built anew" in batchsd("run", *job, *quick, "--update")
     assert "7 shards, 13 rows, 13 pictures" in batchsd("verify", uri)
     assert "nothing to do" in batchsd("retry", uri, "--local")
+    assert (at_end := store.read("report.html")) and at_end.count(b"<img ") >= 13 and b'class="strip"' not in at_end
     assert "report.html" in batchsd("report", uri)
+    assert (store.read("report.html") or b"").count(b'class="strip"') == 3
     for sink in ("webdataset", "folder"):
         assert "13 rows" in batchsd("export", uri, "--sink", sink)
 
