@@ -153,8 +153,10 @@ def _check_names_differ(columns: Sequence[Column], job: Job) -> None:
         raise UsageError(
             f"{job.where('output.columns')}: two output columns would be called {name!r}; choose another name"
         )
+    of_manifest = any(column.name == name and not column.ours for column in twice)
+    where, what = ("input.manifest", "the manifest's column") if of_manifest else ("output.scores", "the score")
     raise UsageError(
-        f"{job.where('input.manifest')}: the manifest's column {name!r} bears the name of an output column - "
+        f"{job.where(where)}: {what} {name!r} bears the name of an output column - "
         f'rename ours: output.columns = {{ {ours} = "{ours}_out" }}'
     )
 

@@ -111,6 +111,9 @@ def test_an_estimated_map_is_a_column_where_the_job_keeps_it(job):
         (["caption", "prompt"], ("input.columns.prompt=caption",),
          "input.manifest: the manifest's column 'prompt' bears the name of an output column - "
          'rename ours: output.columns = { prompt = "prompt_out" }'),
+        (["prompt"], ("output.scores=['mean']",),
+         "output.scores: the score 'mean' bears the name of an output column - "
+         'rename ours: output.columns = { mean = "mean_out" }'),
         (["prompt", "text"], ("output.columns.prompt=text",),
          "output.columns: two output columns would be called 'text'; choose another name"),
         (["prompt"], ("output.columns={ image = 'a', prompt = 'a' }",),
