@@ -145,6 +145,7 @@ def describe(names: Sequence[str], base: Path) -> list[dict[str, str]]:
     rows = []
     for (kind, name), owner in registry.owners.items():
         thing = getattr(registry, f"{kind}s")[name]
+        kind = "refused" if getattr(thing, "refused", "") else kind  # a scheduler that says why it cannot run
         rows.append(_row(name, kind, _python_name(thing), sources[owner]))
     for hook in WATCHERS:
         for impl in getattr(registry.manager.hook, hook).get_hookimpls():

@@ -19,6 +19,7 @@ from PIL import Image
 from batchsd import UsageError
 from batchsd.cli import main
 from batchsd.diffusion.walk import run_program
+from batchsd.plugins import describe
 from batchsd.testing import check_scheduler, consistency
 
 SHAPE = (1, 4, 6, 6)
@@ -133,7 +134,13 @@ def test_every_class_of_diffusers_is_a_table_or_refused() -> None:
     assert {name for name, scheduler in brought.items() if not scheduler.refused} == {f"diffusers:{n}" for n in CLASSES}
 
 
-# These three would trace: they walk the other way, or another model's schedule. Two want torchsde to be there at all.
+def test_they_are_listed_as_what_they_are() -> None:
+    listed = {row["name"]: row["kind"] for row in describe(["batchsd_diffusers_scheduler"], Path())}
+    assert {listed[f"diffusers:{name}"] for name in CLASSES} == {"scheduler"}
+    assert {listed[f"diffusers:{name}"] for name in REFUSED} == {"refused"}
+
+
+# These two would trace: they walk the other way, or another model's schedule. Two more want torchsde to be there.
 TRACEABLE = ("CogVideoXDDIMScheduler", "DPMSolverMultistepInverseScheduler")
 NEED_TORCHSDE = ("CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler")
 
