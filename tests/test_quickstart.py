@@ -73,6 +73,7 @@ def test_again_there_is_nothing_to_do(run_folder: Path) -> None:
     assert again.returncode == 0 and again.stdout.startswith("nothing to do"), again.stdout + again.stderr
     assert {path: path.read_bytes() for path in (run_folder / "data").iterdir()} == before
     assert (run_folder / "contact.png").stat().st_size > 10_000
+    assert (run_folder / "report.html").read_text().count("<img ") >= 48
 
 
 def pictures_of(folder: Path) -> np.ndarray:
