@@ -2,7 +2,8 @@
 
     lanes = 0.8 free / (peak of two lanes - peak of one)        then doubled from 1 while lanes a second still rise
 
-Measured once a latent size. On a CPU memory is not the limit and the gain ends early: `CPU_LANES`.
+Measured once a latent size; where not even a lane fits, the rows say so when they are drawn. On a CPU memory is not
+the limit and the gain ends early: `CPU_LANES`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from batchsd.model.checkpoint import Model
+from batchsd.network import give_back, out_of_memory
 
 # Pictures a CPU second at 64 px with the shipped model: see tests/bench/bench_mixed.py --lanes.
 CPU_LANES = 16
@@ -26,7 +28,17 @@ def measured_lanes(model: Model, size: Sequence[int]) -> int:
     """Lanes a network call for latents of (C, H, W) on the model's device."""
     if model.device.type != "cuda":
         return CPU_LANES
-    call = _one_call(model, size)
+    try:
+        return _measured(model, size)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    give_back(model.device)  # here: until the error is gone, it holds what it could not add to
+    return 1
+
+
+def _measured(model: Model, size: Sequence[int]) -> int:
+    call = one_call(model, size)
 
     def peak(lanes: int) -> int:
         torch.cuda.reset_peak_memory_stats(model.device)
@@ -65,7 +77,9 @@ def best_lanes(most: int, seconds: Callable[[int], float]) -> int:
         try:
             seconds(lanes)  # a new shape: kernels are chosen and memory is taken
             now = lanes / min(seconds(lanes), seconds(lanes))
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
             break
         if now < _GAIN * rate:
             break
@@ -73,16 +87,22 @@ def best_lanes(most: int, seconds: Callable[[int], float]) -> int:
     return max(1, lanes // 2)
 
 
-def _one_call(model: Model, size: Sequence[int]) -> Callable[[int], None]:
-    channels = size[0] + model.extra_channels
-    length, width = model.text.length, model.unet.config.context_dim
+def one_call(model: Model, size: Sequence[int]) -> Callable[[int], None]:
+    """The network on zeros: lanes of latents (C, H, W), with all that a model of its kind is told."""
+    config, channels = model.unet.config, size[0] + model.extra_channels
+    length, width = model.text.length, config.context_dim
+    told = {"timestep_cond": config.guidance_dim}
+    if model.takes_sizes:
+        told |= {"time_ids": 6, "text_embeds": config.added_dim - 6 * config.added_time_dim}
 
     @torch.no_grad()
     def call(lanes: int) -> None:
         x = torch.zeros(lanes, channels, *size[1:], device=model.device, dtype=model.dtype)
         context = torch.zeros(lanes, length, width, device=model.device, dtype=model.dtype)
         x = x.to(memory_format=torch.channels_last)
-        model.unet(x, torch.zeros(lanes, device=model.device), context)
-        torch.cuda.synchronize(model.device)
+        added = {name: torch.zeros(lanes, numbers, device=model.device) for name, numbers in told.items() if numbers}
+        model.unet(x, torch.zeros(lanes, device=model.device), context, None, added)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
 
     return call

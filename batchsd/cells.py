@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import os
 import posixpath
 import re
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from batchsd.redact import redact
 from batchsd.types import InfrastructureError, RowError
 
 MAX_BYTES = 2**26  # a 4096 x 4096 picture as PNG has at most 48 MiB
+GOOGLE_SECONDS = 20  # its client would try again for 15 minutes, and hold up the end of the process meanwhile
 SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs")
 DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
 # base64 of the first bytes of PNG, JPEG, WebP and GIF. No path with an extension matches: base64 has no dot.
@@ -50,7 +52,8 @@ class Cells:
         if isinstance(cell, list):
             return _array_file(cell)
         if not isinstance(cell, str) or not cell:
-            raise bad(f"{type(cell).__name__} is neither a picture's bytes nor the path of one")
+            found = "an empty text" if cell == "" else type(cell).__name__
+            raise bad(f"{found} is neither a picture's bytes nor the path of one")
         if found := DATA_URI.match(cell):
             return _bounded(_unpacked(cell[found.end() :]))
         if BARE_BASE64.fullmatch(cell):
@@ -86,6 +89,8 @@ def _opened(disk: Disk) -> pafs.FileSystem:
 @lru_cache(maxsize=64)
 def _store(base: str) -> tuple[pafs.FileSystem, str]:
     """Opened once: an object store's client takes a second, and asks for the bucket's region."""
+    if base.startswith(("gs:", "gcs:")) and "retry_limit_seconds" not in base:
+        base += f"{'&' if '?' in base else '?'}retry_limit_seconds={GOOGLE_SECONDS}"
     return pafs.FileSystem.from_uri(base)
 
 
@@ -97,7 +102,8 @@ def _uri(cell: str, shown: str) -> tuple[pafs.FileSystem, str]:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ImportError) as error:
         raise bad(f"{shown}: {_first_line(error)}") from None
     except OSError as error:
-        raise InfrastructureError(f"{shown}: {_first_line(error)}") from None
+        kind = bad if str(error).endswith("not found") else InfrastructureError  # a bucket that is nowhere
+        raise kind(f"{shown}: {_first_line(error)}") from None
     path = unquote(base.partition("://")[2][len(parts.netloc) :])
     return files, top.rstrip("/") + path
 
@@ -119,7 +125,7 @@ def _read(files: pafs.FileSystem, path: str, shown: str) -> bytes:
         raise bad(f"{shown}: not a path that can be opened ({_first_line(error)})") from None
     except OSError as error:
         if isinstance(files, pafs.LocalFileSystem):
-            raise bad(f"{shown}: {_first_line(error)}") from None
+            raise bad(f"{shown}: {os.strerror(error.errno) if error.errno else _first_line(error)}") from None
         raise InfrastructureError(f"{shown}: {_first_line(error)}") from None
 
 

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from threading import RLock
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,12 +32,12 @@ from batchsd.intake import Item
 from batchsd.lanes import Lanes, Row
 from batchsd.meter import Meter
 from batchsd.model.checkpoint import Model
-from batchsd.network import Group, Network, out_of_memory, row_error
+from batchsd.network import Group, Network, device_is_dead, give_back, out_of_memory, row_error
 from batchsd.pictures import Pictures
 from batchsd.scores import Verdict, Verdicts
 from batchsd.types import Conditioning, Record, Request, RowError, Shard, Task, UsageError
 
-_TEXTS_KEPT = 512  # 77 x 1024 numbers each: at most 160 MB in float32
+_TEXTS_KEPT = 256 * 2**20  # bytes of text states: 1,000 texts of SD 1.5, or 12 of 20,000 letters in chunks
 _TEXT_BATCH = 32
 
 
@@ -90,7 +91,8 @@ class Engine:
         self.schedule = NoiseSchedule.from_config(model.scheduler_config)
         self.meter = Meter()
         backend = BACKENDS[settings.backend]
-        self.network = Network(model, self._lanes_for, settings.deterministic, self.meter, backend)
+        self.alone = RLock()  # held by whoever decodes, and by what is tried again with the device to itself
+        self.network = Network(model, self._lanes_for, settings.deterministic, self.meter, backend, self.alone)
         self.decode_batch = 1 if settings.deterministic else settings.decode_batch  # less where memory is short
         self.overlap = model.device.type == "cuda"  # a CPU decodes in place: it has nothing to overlap with
         self._texts: OrderedDict[str | None, tuple[Tensor, Tensor | None]] = OrderedDict()  # states, pooled
@@ -110,6 +112,16 @@ class Engine:
         """The row ready for the lanes, but for its text states. Raises `RowError`, whatever goes wrong."""
         if request.error is not None:
             raise request.error
+        try:
+            return self._conditioned(shard, request)
+        except RowError as error:
+            if error.status != "oom":
+                raise
+        with self.alone:  # what others decode meanwhile is not its fault
+            give_back(self.device)
+            return self._conditioned(shard, request)
+
+    def _conditioned(self, shard: Shard, request: Request) -> Row:
         generator = torch.Generator().manual_seed(request.seed)
         try:
             conditioning = self.tasks[request.task](request, self.model, generator)
@@ -176,24 +188,53 @@ class Engine:
             return None
         return (self.prompts or self.model.text).tokens_cut(request.prompt)
 
-    def add_contexts(self, rows: Iterable[Row]) -> None:
-        """Gives rows their text states, and what else the network is told; equal texts are encoded once."""
+    def add_contexts(self, rows: Iterable[Row]) -> Mapping[Row, RowError]:
+        """Gives rows their text states, and what else the network is told; equal texts are encoded once.
+
+        Gives back the rows that have none, because a text of theirs cannot be encoded.
+        """
         rows = list(rows)
         wanted = dict.fromkeys(branch.prompt for row in rows for branch in row.conditioning.branches)
         new = [text for text in wanted if text not in self._texts]
+        refused: dict[str | None, RowError] = {}
         most = 1 if self.settings.deterministic else _TEXT_BATCH
         with self.meter.stage("text"):
             for i in range(0, len(new), most):
-                part = new[i : i + most]
-                self._texts.update(zip(part, self._encoded(part), strict=True))
+                refused |= self._encode(new[i : i + most])
+        failed: dict[Row, RowError] = {}
         for row in rows:
             branches = row.conditioning.branches
+            if at_fault := [branch.prompt for branch in branches if branch.prompt in refused]:
+                failed[row] = refused[at_fault[0]]
+                continue
             row.contexts = [self._texts[branch.prompt][0] for branch in branches]
             row.added = [{**self._told(row, branch.prompt), **branch.added} for branch in branches]
         for text in wanted:
-            self._texts.move_to_end(text)
-        while len(self._texts) > _TEXTS_KEPT:
-            self._texts.popitem(last=False)
+            if text in self._texts:
+                self._texts.move_to_end(text)
+        held = sum(states_TD.nbytes for states_TD, _ in self._texts.values())
+        while held > _TEXTS_KEPT:
+            held -= self._texts.popitem(last=False)[1][0].nbytes
+        return failed
+
+    def _encode(self, texts: Sequence[str | None], again: bool = False) -> dict[str | None, RowError]:
+        """Adds them to the texts that are kept; what does not fit is halved. Gives those that cannot be encoded."""
+        try:
+            self._texts.update(zip(texts, self._encoded(texts), strict=True))
+            return {}
+        except Exception as error:
+            if device_is_dead(error):
+                raise
+            found = row_error(error, "the text encoder")
+        if again and len(texts) == 1:
+            return {texts[0]: found}
+        half = len(texts) // 2
+        failed: dict[str | None, RowError] = {}
+        with self.alone:
+            give_back(self.device)
+            for part in filter(None, (texts[:half], texts[half:])):
+                failed |= self._encode(part, again=True)
+        return failed
 
     def _told(self, row: Row, prompt: str | None) -> dict[str, Tensor]:
         """What SDXL is told beside the text states: the pooled text and the picture's size."""
@@ -213,7 +254,7 @@ class Engine:
 
     def decode(self, latents_BCHW: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Scaled latents -> uint8 pictures (B, H, W, 3), rounded as diffusers rounds; and which were finite (B,)."""
-        with self.meter.stage("vae"):
+        with self.alone, self.meter.stage("vae"):
             pictures_B3HW = self.model.decode(latents_BCHW)
             pixels = (pictures_B3HW.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
             return pixels, torch.isfinite(latents_BCHW).flatten(1).all(1).cpu().numpy()

@@ -9,7 +9,7 @@ pulled ahead until one is; where no more can be pulled, the group walks that kee
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -28,7 +28,7 @@ from batchsd.types import Record, Request, RowError, Shard
 _CHOICE = 4
 _BITE = 16  # rows pulled at a time: their texts make one batch
 _MOST_ROWS = 512  # waiting for lanes
-_MOST_BYTES = 256 * 2**20  # of their latents, masks and images
+_MOST_BYTES = 512 * 2**20  # of their latents, masks, images and text states
 _NAP_S = 0.005  # between looks for the next shard, when there is nothing to draw
 
 
@@ -44,7 +44,7 @@ class Stages(Protocol):
 
     def condition(self, shard: Shard, request: Request) -> Row: ...
 
-    def add_contexts(self, rows: Iterable[Row]) -> None: ...
+    def add_contexts(self, rows: Iterable[Row]) -> Mapping[Row, RowError]: ...
 
     def group(self, row: Row) -> Group: ...
 
@@ -88,21 +88,27 @@ class Flow:
         Ends early where the limits are reached, or none is at hand.
         """
         rows = sum(map(len, self.waiting.values()))
-        held = sum(row.bytes for queue in self.waiting.values() for row in queue)
         more, self.blocked = True, False
-        while more and rows < _MOST_ROWS and held < _MOST_BYTES:
+        while more and rows < _MOST_ROWS and self._held() < _MOST_BYTES:
             if rows >= _CHOICE * self._most_lanes() and self._can_fill_one():
                 return
             bite, more = self._bite()
             self.blocked = not more
             rows += len(bite)
-            held += sum(row.bytes for row in bite)
-            self.engine.add_contexts(bite)
+            failed = self.engine.add_contexts(bite)
             for row in bite:
-                if row.calls_left:
+                if row in failed:
+                    self.pictures.fail(row.shard, row.request, failed[row])
+                elif row.calls_left:
                     self.waiting.setdefault(self.engine.group(row), []).append(row)
                 else:  # nothing to denoise: strength 0
                     self.pictures.take(row, row.start().to(self.engine.device))
+
+    def _held(self) -> int:
+        """Bytes of the rows that wait, and of their text states, which some share."""
+        rows = [row for queue in self.waiting.values() for row in queue]
+        states = {id(states_TD): states_TD.nbytes for row in rows for states_TD in row.contexts}
+        return sum(row.bytes for row in rows) + sum(states.values())
 
     def _bite(self) -> tuple[list[Row], bool]:
         """Some rows, and whether there may be more at once."""

@@ -64,7 +64,7 @@ class Row:
 
     @property
     def bytes(self) -> int:
-        """What it holds while it waits. Text states are shared, and counted by whoever keeps them."""
+        """What it holds while it waits, but for its text states: rows share them."""
         given = self.conditioning
         tensors = [given.noise_CHW, given.clean_CHW, *(branch.channels_CHW for branch in given.branches)]
         if given.blend is not None:

@@ -3,7 +3,8 @@
     lanes -> calls of at most `capacity` lanes -> outputs a lane
 
 A call that does not fit into memory is halved, for good; one that raises is halved until the lane at fault stands
-alone, and only its row fails. Nothing of a row moves here, so a call can be tried again.
+alone, and only its row fails. A lane for which there is no memory even so is tried once more with the device to
+itself: what the VAE decodes meanwhile is not its fault. Nothing of a row moves here, so a call can be tried again.
 Shapes: R rows, L lanes, C H W latent size, T tokens, D context width.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -70,6 +72,7 @@ class Network:
         fixed: bool,
         meter: Meter,
         backend: Backend = BACKENDS["eager"],
+        alone: AbstractContextManager[object] | None = None,
     ) -> None:
         self.model = model
         self.unet = backend.prepare(model.unet)
@@ -77,6 +80,7 @@ class Network:
         self.lanes_for = lanes_for
         self.fixed = fixed
         self.meter = meter
+        self.alone = alone or nullcontext()  # the device without other work
         self._capacity: dict[Group, int] = {}
 
     def capacity(self, group: Group) -> int:
@@ -97,23 +101,35 @@ class Network:
             if len(part) > most:
                 todo += [part[most:], part[:most]]
                 continue
-            short = False
+            own = [lanes[i] for i in part]
             try:
-                out_LCHW[part.start : part.stop] = self._call(group, x_RCHW, timestep_R, [lanes[i] for i in part])
+                out_LCHW[part.start : part.stop] = self._call(group, x_RCHW, timestep_R, own)
+                continue
             except Exception as error:
                 if device_is_dead(error):
                     raise
-                short = out_of_memory(error)
-                if short:
-                    self._shrink(group, len(part), error)
-                if len(part) == 1:
-                    failed[lanes[part[0]].row] = row_error(error)
-                else:
-                    half = len(part) // 2
-                    todo += [part[half:], part[:half]]
-            if short and x_RCHW.is_cuda:
-                torch.cuda.empty_cache()  # here: until the error is gone, it holds the call's tensors
+                short, found = out_of_memory(error), row_error(error)
+            # Here, not above: until the error is gone, it holds the call's tensors.
+            if short:
+                self._shrink(group, len(part))
+            if len(part) > 1:
+                half = len(part) // 2
+                todo += [part[half:], part[:half]]
+            elif not (short and self._fits_alone(out_LCHW[part.start], group, x_RCHW, timestep_R, own)):
+                failed[own[0].row] = found
         return out_LCHW, failed
+
+    def _fits_alone(self, out_CHW: Tensor, group: Group, x_RCHW: Tensor, timestep_R: Tensor, lane: list[Lane]) -> bool:
+        """Whether the lane could be evaluated while nothing else is at work; then its output is in `out_CHW`."""
+        with self.alone:
+            give_back(x_RCHW.device)
+            try:
+                out_CHW.copy_(self._call(group, x_RCHW, timestep_R, lane)[0])
+            except Exception as error:
+                if device_is_dead(error):
+                    raise
+                return False
+        return True
 
     def _call(self, group: Group, x_RCHW: Tensor, timestep_R: Tensor, lanes: Sequence[Lane]) -> Tensor:
         slots = self.capacity(group)
@@ -139,14 +155,15 @@ class Network:
         self.meter.called(group, group.area, len(lanes), slots)
         return out_LCHW[: len(lanes)].float()
 
-    def _shrink(self, group: Group, lanes: int, error: Exception) -> None:
+    def _shrink(self, group: Group, lanes: int) -> None:
         """Fewer lanes from now on, after a call of that many that did not fit."""
-        if self.fixed:
+        if self.fixed and self.capacity(group) > 1:
             raise UsageError(
                 f"run.batch_size: {self.capacity(group)} lanes of {group.size[-2]}x{group.size[-1]} latents do not "
                 f"fit on {self.model.device}, and run.deterministic allows no smaller batch on the way; set it to "
                 f"{max(1, self.capacity(group) // 2)} (a new run: the bytes depend on it)"
-            ) from error
+            )
+        give_back(self.model.device)
         self._capacity[group] = max(1, lanes // 2)
 
 
@@ -177,12 +194,21 @@ def repeatable() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+# What torch, cuBLAS (as a "CUDA error", though nothing is broken) and cuDNN say.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed", "allocation_failed")
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether a device, or this machine, had too little memory for a tensor."""
-    words = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in words or "can't allocate memory" in words)
-    )
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
+
+
+def give_back(device: torch.device) -> None:
+    """Hands back memory that torch keeps for later: what is left of it in small pieces may be enough in one."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def device_is_dead(error: BaseException) -> bool:
@@ -191,8 +217,8 @@ def device_is_dead(error: BaseException) -> bool:
     return from_device and not out_of_memory(error)
 
 
-def row_error(error: Exception) -> RowError:
+def row_error(error: Exception, where: str = "the network") -> RowError:
     """What a row says that made the network raise all alone."""
     if out_of_memory(error):
         return RowError("oom", "too large for the device's memory, even alone; ask for a smaller height and width")
-    return RowError("error", f"the network: {type(error).__name__}: {error}")
+    return RowError("error", f"{where}: {type(error).__name__}: {error}")

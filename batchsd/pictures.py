@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from threading import RLock
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +22,7 @@ from batchsd.beside import Start
 from batchsd.figures import figures
 from batchsd.lanes import Row
 from batchsd.meter import Meter
-from batchsd.network import out_of_memory, row_error
+from batchsd.network import give_back, out_of_memory, row_error
 from batchsd.scores import Verdict
 from batchsd.types import Record, Request, RowError, Shard
 
@@ -41,6 +42,7 @@ class Stages(Protocol):
 
     meter: Meter
     decode_batch: int
+    alone: RLock
     encode: Callable[[np.ndarray], tuple[bytes, str]]
 
     def decode(self, latents_BCHW: Tensor) -> tuple[np.ndarray, np.ndarray]: ...
@@ -53,6 +55,7 @@ class Batch:
     """Rows whose latents are with the VAE, and the bytes that their pictures take."""
 
     rows: list[Row]
+    latents: list[Tensor]
     drawn: Future[list[Judged]]
     bytes: int
 
@@ -100,7 +103,7 @@ class Pictures:
         size = sum(3 * row.size[1] * row.size[2] * self.scale**2 for row, _ in batch)
         self.bytes += size
         rows, latents = [row for row, _ in batch], [latents for _, latents in batch]
-        self.batches.append(Batch(rows, self.decoder(lambda: self._judged(rows, self._drawn(latents))), size))
+        self.batches.append(Batch(rows, latents, self.decoder(lambda: self._judged(rows, self._drawn(latents))), size))
 
     def _judged(self, rows: Sequence[Row], drawn: Sequence[Drawn]) -> list[Judged]:
         """The finished pictures, and what the job's plugins say of them; beside the network too."""
@@ -130,6 +133,7 @@ class Pictures:
                 raise
             if len(latents) == 1:
                 return [row_error(error)]
+        give_back(latents[0].device)
         half = len(latents) // 2
         self.engine.decode_batch = min(self.engine.decode_batch, half)
         return self._drawn(latents[:half]) + self._drawn(latents[half:])
@@ -158,8 +162,11 @@ class Pictures:
         """Gives decoded pictures to the encoder threads."""
         with self.engine.meter.stage("wait"):
             drawn = batch.drawn.result()
-        for row, result in zip(batch.rows, drawn, strict=True):
+        for row, latents, result in zip(batch.rows, batch.latents, drawn, strict=True):
             size = batch.bytes // len(batch.rows)
+            if isinstance(result, RowError) and result.status == "oom":
+                with self.engine.alone:  # the network stands still here, and no other batch is decoded
+                    (result,) = self._judged([row], self._drawn([latents]))
             if isinstance(result, RowError):
                 self.bytes -= size
                 self.fail(row.shard, row.request, result)

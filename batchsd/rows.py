@@ -65,9 +65,9 @@ def whole(name: str, value: Any, low: int, high: int, multiple: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise Refused(f"{name}: {_shown(value)} is not a whole number")
     if not low <= value <= high:
-        raise Refused(f"{name}: {value} is outside {low} to {high}")
+        raise Refused(f"{name}: {_shown(value)} is outside {low} to {high}")
     if value % multiple:
-        raise Refused(f"{name}: {value} is not a multiple of {multiple}")
+        raise Refused(f"{name}: {_shown(value)} is not a multiple of {multiple}")
     return value
 
 

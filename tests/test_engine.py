@@ -188,6 +188,56 @@ def test_failed_rows_are_rows_and_harm_nobody(checkpoint: Path) -> None:
     assert np.abs(pixels(found["r5"]) - pixels(draw(engine, [rows[5]])["r5"])).max() <= 1
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_texts_that_do_not_fit_or_cannot_be_encoded_are_their_rows_failure(
+    checkpoint: Path, deterministic: bool
+) -> None:
+    rows = [request(i, prompt=prompt) for i, prompt in enumerate(("a cube", "huge", "a cone", "odd", "a ball"))]
+    engine = new_engine(checkpoint, lanes=4, deterministic=deterministic)
+    without = draw(new_engine(checkpoint, lanes=4, deterministic=deterministic), [*rows[::2]])
+    encode, batches = engine._encoded, []
+
+    def short(texts: Sequence[str | None]) -> object:
+        batches.append(len(texts))
+        if "huge" in texts or len(texts) > 2:
+            raise torch.OutOfMemoryError("no room")
+        if "odd" in texts:
+            raise ValueError("no such letters")
+        return encode(texts)
+
+    engine._encoded = short  # type: ignore[method-assign, assignment]
+    records = draw(engine, rows)
+    assert [records[f"r{i}"].status for i in range(5)] == ["ok", "oom", "ok", "error", "ok"]
+    assert records["r3"].error == "the text encoder: ValueError: no such letters"
+    for key, record in without.items():
+        assert np.abs(pixels(records[key]) - pixels(record)).max() <= (0 if deterministic else 1)
+    assert max(batches) == (1 if deterministic else 6), "the empty text of guidance among them"
+
+
+def test_a_task_that_runs_out_of_memory_is_tried_with_the_device_to_itself(checkpoint: Path) -> None:
+    tried = []
+
+    def hungry(request: Request, model: object, generator: torch.Generator) -> Conditioning:
+        tried.append(request.key)
+        if request.key == "r1" or tried.count(request.key) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return TextTask()(request, model, generator)  # type: ignore[arg-type]
+
+    engine = new_engine(checkpoint, lanes=4)
+    engine.tasks = {"text": hungry}  # type: ignore[dict-item]
+    records = draw(engine, [request(0), request(1)])
+    assert records["r0"].status == "ok" and records["r1"].status == "oom" and len(tried) == 4
+    assert np.array_equal(pixels(records["r0"]), pixels(draw(new_engine(checkpoint, lanes=4), [request(0)])["r0"]))
+
+
+def test_states_of_long_texts_are_kept_in_bytes(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = new_engine(checkpoint, lanes=4)
+    one = engine.model.text.length * engine.model.unet.config.context_dim * 4
+    monkeypatch.setattr("batchsd.engine._TEXTS_KEPT", 3 * one)
+    draw(engine, [request(i, prompt=f"{i} cubes", guidance_scale=1.0) for i in range(8)])
+    assert len(engine._texts) == 3 and "7 cubes" in engine._texts
+
+
 def test_guidance_interval(checkpoint: Path) -> None:
     """Around all sigmas it changes nothing, around none it is guidance off, else it is neither."""
     drawn = {}

@@ -107,6 +107,27 @@ def test_too_little_memory_for_a_decoding_batch(checkpoint: Path) -> None:
     assert sum(size for size in sizes if size <= 2) == 12 and engine.decode_batch <= 2
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_picture_that_does_not_fit_is_tried_with_the_device_to_itself(checkpoint: Path, overlap: bool) -> None:
+    """It fits on the second try; one that never fits is its row's failure, and the others are pictures."""
+    engine = empty_engine(checkpoint)
+    engine.overlap = overlap
+    decode, tried = engine.model.vae.decode, []
+
+    def short(z: torch.Tensor) -> torch.Tensor:
+        size = z.shape[3] * engine.model.scale_factor
+        tried.append(size)
+        if len(z) > 1 or size == 16 or tried.count(size) < 3:
+            raise torch.OutOfMemoryError("no room")
+        return decode(z) + torch.linspace(0, 0.5, z.shape[3] * engine.model.scale_factor)  # else it were flat
+
+    engine.model.vae.decode = short  # type: ignore[method-assign]
+    sides = (32, 32, 16)
+    rows = [replace(row, height=side, width=side, steps=2) for side, row in zip(sides, mixed_rows(3, 32), strict=True)]
+    records = {record.request.key: record.status for _, record in engine.generate(shards_of(rows, 3))}
+    assert records == {rows[0].key: "ok", rows[1].key: "ok", rows[2].key: "oom"}
+
+
 def test_decoding_does_not_hold_up_denoising(checkpoint: Path) -> None:
     """The first batch of pictures is decoded only after three more network calls: nobody else would make them."""
     engine = empty_engine(checkpoint, lanes=4)

@@ -74,7 +74,7 @@ MAY_IMPORT = {
     "flow": "intake lanes meter network pictures",
     "pictures": "beside figures lanes meter network scores",
     "beside": "",
-    "batch_size": "model",
+    "batch_size": "model network",
     "lanes": "diffusion network",
     "network": "backends diffusion meter model",
     "backends": "model",

@@ -77,6 +77,44 @@ def test_a_row_that_does_not_fit_alone_is_oom_and_the_others_are_drawn() -> None
     assert torch.equal(out[[0, 1, 2, 4, 5]], 2 * X[[0, 1, 2, 4, 5]])
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        MemoryError(),
+    ],
+)
+def test_memory_that_is_short_is_no_dead_device(error: Exception) -> None:
+    assert out_of_memory(error) and not device_is_dead(error)
+
+
+def test_a_lane_that_does_not_fit_is_tried_with_the_device_to_itself() -> None:
+    """What else is on the device (a decoder's batch) is gone while `alone` is held."""
+    fake = Fake(poison={3.0: torch.OutOfMemoryError("no room")})
+
+    poison = fake.poison
+
+    class Alone:
+        def __enter__(self) -> None:
+            fake.poison = {}
+
+        def __exit__(self, *error: object) -> None:
+            fake.poison = poison
+
+    net = network(fake, 6)
+    net.alone = Alone()
+    out, failed = evaluate(net)
+    assert torch.equal(out, 2 * X) and not failed and fake.poison is poison
+
+
+def test_a_fixed_batch_of_one_that_does_not_fit_is_its_rows_failure() -> None:
+    out, failed = evaluate(network(Fake(poison={3.0: torch.OutOfMemoryError("no room")}), 1, fixed=True))
+    assert {row: error.status for row, error in failed.items()} == {3: "oom"}
+
+
 def test_only_the_row_at_fault_fails() -> None:
     fake = Fake(poison={4.0: ValueError("bad row")})
     net = network(fake, 6)

@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import RLock
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,7 +50,9 @@ def test_slow_encoders_hold_the_network_back(
     def judged(requests: list, drawn: list) -> list[Verdict]:
         return [Verdict()] * len(drawn)
 
-    engine: Any = SimpleNamespace(meter=Meter(), decode_batch=2, encode=slow, decode=decode, judged=judged)
+    engine: Any = SimpleNamespace(
+        meter=Meter(), alone=RLock(), decode_batch=2, encode=slow, decode=decode, judged=judged
+    )
     given: Any = SimpleNamespace(kept=None, made={})
     seen, done = [], []
     decoding = beside(torch.device("cpu")) if where == "beside" else at_once()

@@ -60,10 +60,10 @@ def begin_of(steps: int, strength: float) -> int:
 
 
 def needed(request: Request, name: str) -> bytes:
-    """The bytes of an image that the task cannot do without. Raises RowError `bad_input`."""
+    """The bytes of an image that the task cannot do without. Raises RowError `bad_input`; see `naming`."""
     content = request.inputs.get(name)
     if content is None:
-        raise RowError("bad_input", f"{name}: null; task {request.task!r} needs it")
+        raise RowError("bad_input", f"null; task {request.task!r} needs it")
     return content
 
 
