@@ -261,7 +261,8 @@ def _npy(content: bytes) -> np.ndarray:
     file = io.BytesIO(content)
     shape = _npy_shape(file)
     file.seek(0)
-    return np.load(file, allow_pickle=False).reshape(shape).astype(np.float32)
+    with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is refused as such
+        return np.load(file, allow_pickle=False).reshape(shape).astype(np.float32)
 
 
 def _npy_shape(file: io.BytesIO) -> tuple[int, int]:
