@@ -28,7 +28,7 @@ path = "tiny-scenes"
 task = "image"
 strength = 0.5
 [sampler]
-steps = 4
+steps = 3
 guidance_scale = 2.0
 height = 64
 width = 64
@@ -37,6 +37,7 @@ uri = "{name}"
 [run]
 seed = 3
 deterministic = true
+batch_size = 4
 max_failed = 1.0
 """
 
