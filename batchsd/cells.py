@@ -52,8 +52,8 @@ class Cells:
         if isinstance(cell, list):
             return _array_file(cell)
         if not isinstance(cell, str) or not cell:
-            found = "an empty text" if cell == "" else type(cell).__name__
-            raise bad(f"{found} is neither a picture's bytes nor the path of one")
+            given = "an empty text" if cell == "" else type(cell).__name__
+            raise bad(f"{given} is neither a picture's bytes nor the path of one")
         if found := DATA_URI.match(cell):
             return _bounded(_unpacked(cell[found.end() :]))
         if BARE_BASE64.fullmatch(cell):
