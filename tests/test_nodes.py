@@ -7,10 +7,10 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import fakes
 import pytest
 from fakes import draw, expected, lanes, published, run_all, shards_of, workbench
-from runs import ROOT, check_every_row_once, command, environment, markers, started, who_drew
+from runs import ROOT, SLOW, check_every_row_once, command, environment, markers, started, who_drew
 
 from batchsd.bench import Source
 from batchsd.job import Job, load
@@ -178,14 +178,10 @@ def test_a_cluster_grows_from_zero(cluster: Any, tmp_path: Path) -> None:
     def waiting() -> int:
         return len(cluster.global_state.actor_table(None, actor_state_name="PENDING_CREATION"))
 
-    def autoscaler() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(seated, cluster, tmp_path, gpu_job(tmp_path, "2", 0.5), 2)
         while waiting() < 2:
+            assert not found.done(), found.result()
             time.sleep(0.5)
-        added.append(cluster.add_node(num_cpus=1, num_gpus=1))
-
-    added: list[Any] = []
-    thread = threading.Thread(target=autoscaler, daemon=True)
-    thread.start()
-    found = seated(cluster, tmp_path, gpu_job(tmp_path, "2", 0.5), 2)
-    thread.join()
-    assert found == {raylet(added[0]): 2}
+        added = cluster.add_node(num_cpus=1, num_gpus=1)  # in the main thread: Ray's nodes want it
+        assert found.result(SLOW) == {raylet(added): 2}
