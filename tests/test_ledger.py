@@ -24,7 +24,7 @@ from fakes import (
     shards_of,
     workbench,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from batchsd.bench import Drained, Ticket
@@ -69,7 +69,7 @@ class TwoFileWriter(FakeWriter):
 
 
 def run_with(store: LocalStore, sink: FakeSink) -> None:
-    run_all(store, SHARDS, executor=InProcess(lambda: workbench(store, sink=sink)))
+    run_all(store, SHARDS, executor=InProcess(lambda: workbench(store, sink=sink)), max_failed=12)
 
 
 def run_and_die(root: Path, sink: FakeSink, step: int) -> bool:
@@ -91,8 +91,12 @@ def run_and_die(root: Path, sink: FakeSink, step: int) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
-def check_whole(root: Path) -> None:
-    assert published(root) == expected(SHARDS)
+def check_whole(root: Path, condemned: int = 0) -> None:
+    """All rows once, in order, with their pictures, but for at most so many that are held to have killed their run."""
+    found, wanted = published(root), expected(SHARDS)
+    assert [key for key, _ in found] == [key for key, _ in wanted]
+    missing = [row for row, right in zip(found, wanted, strict=True) if row != right]
+    assert len(missing) <= condemned and all(picture is None for _, picture in missing)
     for captions, shard in zip(sorted((root / "data").glob("*.txt")), SHARDS, strict=False):
         assert captions.read_text().split() == [f"row{shard.start + i}" for i in range(shard.count)]
     ours = root / "__batchsd"
@@ -119,12 +123,14 @@ def test_killed_at_every_step_every_row_is_there_once(tmp_path: Path, sink: Fake
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(st.integers(4, 40), min_size=2, max_size=6))
+@example(steps=[19, 23, 17, 11, 11])
 def test_killed_again_and_again(tmp_path_factory: pytest.TempPathFactory, steps: list[int]) -> None:
     root = tmp_path_factory.mktemp("again") / "run"
     for step in steps:
         run_and_die(root, TwoFileSink(), step)
     run_with(LocalStore(root), TwoFileSink())
-    check_whole(root)
+    # One death makes suspects; three more that happen to come while the same one is drawn alone condemn it.
+    check_whole(root, condemned=(len(steps) - 1) // 3)
 
 
 def test_a_second_start_draws_nothing(tmp_path: Path) -> None:
