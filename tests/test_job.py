@@ -99,6 +99,7 @@ address = "local"
 workers = 2
 gpus_per_worker = 0.5
 wait = 30.0
+allow_unauthenticated = true
 [plugin.mine]
 threshold = 0.5
 """
