@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -185,6 +186,6 @@ def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
     if font.getlength(text) <= width:
         return text
     stem = text.removesuffix("...")
-    while stem and font.getlength(stem + "...") > width:
-        stem = stem[:-1]
-    return stem.rstrip() + "..."
+    # halving, for a word may have 20,000 letters
+    first_too_long = bisect_right(range(len(stem)), width, key=lambda n: font.getlength(stem[:n] + "..."))
+    return stem[: max(0, first_too_long - 1)].rstrip() + "..."
