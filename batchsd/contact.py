@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import json
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -187,5 +187,5 @@ def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
         return text
     stem = text.removesuffix("...")
     # halving, for a word may have 20,000 letters
-    first_too_long = bisect_right(range(len(stem)), width, key=lambda n: font.getlength(stem[:n] + "..."))
+    first_too_long = bisect_left(range(len(stem)), True, key=lambda n: font.getlength(stem[:n] + "...") > width)
     return stem[: max(0, first_too_long - 1)].rstrip() + "..."
