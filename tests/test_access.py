@@ -86,20 +86,30 @@ def test_ray_decides_as_we_say(environ: dict[str, str], file: bool, tmp_path: Pa
         assert mode_here() == ("token" if asks == "True" else "open")
 
 
+CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+print("address", found.address, flush=True)
+sys.stdin.read()
+found.shutdown()
+"""
+
+
 @contextmanager
 def cluster(**environ: str) -> Iterator[str]:
-    """One node without a GPU, at this machine's outer address: its address."""
-    from ray.cluster_utils import Cluster
-
+    """One node without a GPU, at this machine's outer address: its address. A process of its own, for Ray asks once
+    a process whether it needs a token."""
     folder = tempfile.mkdtemp(prefix="bray")  # short: sockets lie below it
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment(RAY_TMPDIR=folder, RAY_worker_niceness="0", **environ).items():
-            patch.setenv(name, value)
-        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    told = environment(RAY_TMPDIR=folder, RAY_worker_niceness="0", **environ)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", CLUSTER], env=told, text=True, **pipes) as process:
+        assert process.stdin and process.stdout
         try:
-            yield found.address
+            lines = (line.split() for line in process.stdout)
+            yield next(words[1] for words in lines if words[:1] == ["address"])
         finally:
-            found.shutdown()
+            process.stdin.close()
     shutil.rmtree(folder, ignore_errors=True)
 
 
