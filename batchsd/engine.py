@@ -259,7 +259,6 @@ class Engine:
             pixels = (pictures_B3HW.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
             return pixels, torch.isfinite(latents_BCHW).flatten(1).all(1).cpu().numpy()
 
-
     def judged(self, requests: Sequence[Request], pictures: Sequence[np.ndarray]) -> Sequence[Verdict]:
         """What the job's scores and filters say of finished pictures, all of one size."""
         if self.judge is None or not pictures:

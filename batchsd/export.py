@@ -11,8 +11,7 @@ from dataclasses import replace
 
 from batchsd.card import write_card
 from batchsd.ledger import OURS, STAGING, place_of
-from batchsd.marker import sum_of
-from batchsd.reread import open_run, records, schema_of, shards
+from batchsd.reread import open_run, records, schema_in, shards, sum_of_shards
 from batchsd.store import open_store
 from batchsd.types import Sink, UsageError
 from batchsd.writer import check_staged
@@ -32,8 +31,8 @@ def export(run: str, sink: Sink, name: str, target: str) -> int:
     if out.children("") and out.read(EXPORTING) is None:
         raise UsageError(f"{out.uri} is not empty; give another --to, or empty it yourself")
     out.put(EXPORTING, b"")
-    schema = schema_of(run)
-    for number, shard in enumerate(shards(run)):
+    schema, written = schema_in(plan), shards(run)
+    for number, shard in enumerate(written):
         staging = f"{STAGING}/{number:05d}.{secrets.token_hex(8)}"
         folder = out.scratch(staging)
         writer = sink.open(folder, shard.name, schema)
@@ -44,7 +43,7 @@ def export(run: str, sink: Sink, name: str, target: str) -> int:
         out.hand_in(staging)
         out.publish([(f"{staging}/{file.name}", place_of(file.name)) for file in files])
         out.remove(staging)
-    total = sum_of(ledger.tally() for ledger in plans)
+    total = sum_of_shards(written)
     write_card(out, replace(plan, sink=name), total, schema)
     out.remove(OURS)
     return total.rows

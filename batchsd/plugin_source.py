@@ -14,6 +14,7 @@ import importlib
 import linecache
 import sys
 import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
@@ -62,6 +63,11 @@ def find(name: str, base: Path) -> Source:
 def short_name(plugin: str) -> str:
     """What `[plugin.<name>]` and a plan call it: `mine` for `./mine.py`, wherever that is, else as `plugins` has it."""
     return Path(plugin).stem if plugin.endswith(".py") or "/" in plugin else plugin
+
+
+def source_facts(sources: Iterable[Source]) -> dict[str, str]:
+    """Hard facts of a plan: each plugin under its short name, by the hash of its text, else by its version."""
+    return {f"plugin {short_name(source.name)}": source.sha256 or source.version for source in sources}
 
 
 def recheck(packed: Source, base: Path) -> Source:

@@ -21,7 +21,7 @@ from batchsd.manifest import MAX_SHARDS, Manifest, divide, open_manifest
 from batchsd.model.fingerprint import checkpoint_hash
 from batchsd.pinned import pinned_facts
 from batchsd.plan import Plan
-from batchsd.plugin_source import short_name
+from batchsd.plugin_source import source_facts
 from batchsd.plugins import Registry
 from batchsd.reader import scan
 from batchsd.recipe import Recipe, names_of, versions
@@ -122,7 +122,7 @@ class Draft:
             "output.rejected": job.output.rejected,
             **chosen(job, registry).facts(),
             **pinned_facts(job, gpu),
-            **{f"plugin {short_name(source.name)}": source.sha256 or source.version for source in packed},
+            **source_facts(packed),
         }
         soft = {
             **versions(),
@@ -206,7 +206,7 @@ def refuse_other_columns(manifest: Manifest, rest: Manifest, standing: Plan, job
 
 
 def check_registered(job: Job, registry: Registry) -> None:
-    """Refuse a scheduler, task or sink that nobody brings, and settings that nothing acts on yet."""
+    """Refuse a scheduler, task, sink, score or filter that nobody brings, and a scheduler that fits no table."""
     names = names_of(registry)
     check_names(job, "sampler.scheduler", names.schedulers)
     said = registry.schedulers.get(job.sampler.scheduler)

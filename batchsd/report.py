@@ -19,9 +19,8 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from batchsd.alike import APART
-from batchsd.marker import sum_of
 from batchsd.redact import redact
-from batchsd.reread import WrittenShard, open_run, rows, schema_of, shards
+from batchsd.reread import WrittenShard, open_run, rows, schema_in, shards, sum_of_shards
 from batchsd.store import Store, open_store
 from batchsd.survey import GROUP, GROUPS, Place, key, survey
 from batchsd.values import SCORE
@@ -80,11 +79,11 @@ def write_report(
     random = {place: tiles[place] for place in sheets[0].places}
     drawn, left_out = strips_of(run, written, random, strips, seconds)
     everything = [standing for ledger in plans if (standing := ledger.plan())]
-    metadata = json.loads(schema_of(run).metadata[b"batchsd"])
+    metadata = json.loads(schema_in(plan).metadata[b"batchsd"])
     text = page(
         name=open_store(run).uri.rpartition("/")[2],
         plan=plan,
-        total=sum_of(ledger.tally() for ledger in plans),
+        total=sum_of_shards(written),
         planned=sum(standing.rows for standing in everything),
         shards=sum(standing.shards for standing in everything),
         done=len(written),

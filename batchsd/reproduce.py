@@ -21,6 +21,7 @@ from batchsd.ledger import Ledger, ledgers, place_of
 from batchsd.manifest import Manifest
 from batchsd.marker import Marker
 from batchsd.plan import Plan, shards_of
+from batchsd.plugin_source import source_facts
 from batchsd.published import Row, reread
 from batchsd.recipe import WHO, Recipe, names_of, sink_of
 from batchsd.revise import job_of_run
@@ -245,10 +246,9 @@ class Run:
                 yield f"{name}: {then.get(name, 'unknown')} then, {now.get(name, 'none')} now"
         if hard["pixels_version"] != PIXELS_VERSION:
             yield f"pixels_version: {hard['pixels_version']} then, {PIXELS_VERSION} now: other pixels on purpose"
-        for source in self.registry.sources[1:]:
-            before, here = hard.get(f"plugin {source.name}"), source.sha256 or source.version
-            if before != here:
-                yield f"plugin {source.name}: {before} then, {here} now"
+        for name, here in source_facts(self.registry.sources[1:]).items():
+            if hard.get(name) != here:
+                yield f"{name}: {hard.get(name)} then, {here} now"
 
 
 def schema_of(plan: Plan, job: Job) -> pa.Schema:

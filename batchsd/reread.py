@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from batchsd import plugins
 from batchsd.columns import MANIFEST, ON_REQUEST, OURS, picture_column
 from batchsd.job import Job
 from batchsd.ledger import Ledger, ledgers, place_of
-from batchsd.marker import Marker
+from batchsd.marker import Marker, Tally
 from batchsd.plan import Plan, shards_of
 from batchsd.published import Rereads, Row, reread
 from batchsd.recipe import sink_of
@@ -115,9 +115,12 @@ def schema_in(plan: Plan) -> pa.Schema:
     return schema.with_metadata({**schema.metadata, b"batchsd": json.dumps(told, sort_keys=True).encode()})
 
 
-def schema_of(run: str) -> pa.Schema:
-    """`schema_in` of a run's newest plan."""
-    return schema_in(open_run(run)[0])
+def sum_of_shards(shards: Iterable[WrittenShard]) -> Tally:
+    """What they hold, of all their plans together."""
+    total = Tally()
+    for shard in shards:
+        total.add(shard.marker)
+    return total
 
 
 def ours_to_columns(schema: pa.Schema) -> dict[str, str]:

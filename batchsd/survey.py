@@ -133,16 +133,20 @@ class Survey:
         """A row that failed, or that a filter rejected; the first ones of a kind are named."""
         kind, error = ours["status"], ours["error"] or ""
         if kind == "rejected":
-            kind = rejected_by(error, self.filters) or "other"
+            kind = self._filter(ours)
             self.rejected[kind] += 1
         named = self.ended["rejected: " + kind if ours["status"] == "rejected" else kind]
         if len(named) < KEYS:
             named.append(Ended(key, error, {name: ours[name] for name in ASKED}))
 
+    def _filter(self, ours: Mapping[str, Any]) -> str:
+        """Which of the job's filters rejected a row."""
+        return rejected_by(ours["error"] or "", self.filters) or "other"
+
     def _show(self, place: Place, ours: Mapping[str, Any]) -> None:
         self.pictures += 1
         if ours["status"] == "rejected":
-            self._part("rejected", rejected_by(ours["error"] or "", self.filters) or "other", place)
+            self._part("rejected", self._filter(ours), place)
         else:
             self.everything.add(place)
             self._part("sampler", ours["scheduler"], place)

@@ -41,11 +41,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     }
     pq.write_table(pa.table(table), folder / "prompts.parquet")
     text = (
-        f'[input]\nmanifest = "prompts.parquet"\nrepeat = 2\n[model]\npath = "{checkpoint}"\n'
+        f'plugins = ["./mine.py"]\n[input]\nmanifest = "prompts.parquet"\nrepeat = 2\n[model]\npath = "{checkpoint}"\n'
         'device = "cpu"\n[sampler]\nsteps = 3\n[output]\nrows_per_shard = 4\nuri = "parquet"\n'
         'columns = { prompt = "text" }\n[run]\nmax_failed = 9\n'
     )
     (folder / "job.toml").write_text(text)
+    (folder / "mine.py").write_text("import batchsd\n@batchsd.hookimpl\ndef shard_started(shard): pass\n")
     for sink in SINKS:
         failed = "inline" if sink == "parquet" else "aside"
         sets = [f"output.sink={sink}", f"output.uri={folder}/{sink}", f"output.failed={failed}"]
