@@ -14,6 +14,7 @@ import pyarrow as pa
 from batchsd.columns import holds_bytes
 from batchsd.ledger import DATA, FAILED, Tally
 from batchsd.plan import Plan
+from batchsd.progress import counted
 from batchsd.redact import redact
 from batchsd.store import Store
 
@@ -42,12 +43,13 @@ def card(plan: Plan, total: Tally, schema: pa.Schema, extension: str, aside: boo
     if plan.sink == "webdataset":
         head["dataset_info"] = [{"config_name": "default", "features": tar_features(schema, extension)}]
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", ""]
-    failed = f"; {total.failures.total():,} rows failed" if total.failures else ""
+    failed = f"; {counted(total.failures.total(), 'row')} failed" if total.failures else ""
     rejected = f"; {total.rejected:,} were rejected by the job's filters" if total.rejected else ""
     lines += [
         "# Pictures made by batchsd",
         "",
-        f"{total.ok:,} pictures{failed}{rejected}. They were drawn by a trained model from text; none is a photograph.",
+        f"{counted(total.ok, 'picture')}{failed}{rejected}. They were drawn by a trained model from text; none is a "
+        "photograph.",
         "",
         *_failed_lines(total, aside, kept),
         "The job, resolved:",

@@ -18,6 +18,7 @@ from batchsd.access import mode_here, warning
 from batchsd.job import Job, model_path
 from batchsd.place import cpus_here
 from batchsd.preflight import differing
+from batchsd.progress import counted
 from batchsd.recipe import versions
 from batchsd.store import open_store
 from batchsd.types import BatchsdError, InfrastructureError
@@ -99,7 +100,7 @@ def job(loaded: Job, facts: NodeFacts, plan: Callable[[], list[Prepared]]) -> It
     parts = plan()
     rows = sum(part.recipe.manifest.rows for part in parts)
     files = {file.name for part in parts for file in part.recipe.manifest.files}
-    yield Finding("ok", f"manifest: {rows:,} rows in {len(files):,} files")
+    yield Finding("ok", f"manifest: {counted(rows, 'row')} in {counted(len(files), 'file')}")
     yield output_finding(loaded.output.uri)
     yield memory_finding(loaded, str(parts[0].plan.hard["model.dtype"]), facts)
 

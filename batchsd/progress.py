@@ -73,6 +73,11 @@ def failures(failed: Mapping[str, int]) -> str:
     return f"{said}, {rejected:,} rejected" if rejected else said
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 picture`, `2,000 pictures`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def duration(seconds: float) -> str:
     """`35 s`, `12 min`, `3 h 05 min`, `2 d 4 h`."""
     if seconds < 99.5:

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 
 from batchsd.marker import Tally
+from batchsd.progress import counted
 from batchsd.types import BatchsdError
 
 
@@ -78,7 +79,7 @@ def too_many_failed(tally: Tally, max_failed: float, then: str) -> TooManyFailed
     if failed <= max_failed:
         return None
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(tally.failures.items()))
-    return TooManyFailed(f"{failed} rows failed ({kinds}), run.max_failed allows {max_failed:g}; {then}")
+    return TooManyFailed(f"{counted(failed, 'row')} failed ({kinds}), run.max_failed allows {max_failed:g}; {then}")
 
 
 def check_going(tally: Tally, shards: int, max_failed: float) -> None:

@@ -10,7 +10,7 @@ from batchsd.card import write_card
 from batchsd.ledger import DATA, place_of
 from batchsd.marker import Marker, Tally, sum_of
 from batchsd.prepare import Prepared
-from batchsd.progress import duration, failures
+from batchsd.progress import counted, duration, failures
 from batchsd.redact import redact
 
 if TYPE_CHECKING:
@@ -36,15 +36,14 @@ def plan_lines(parts: Sequence[Prepared], where: str, update: bool = False) -> l
             state = f"complete ({counts(tally)}): nothing to do"
         if edited:
             state = f"{state.partition(':')[0]}; the manifest was edited: --update redraws the rows that differ"
-        states.append(f"plan {plan.number}: {plan.rows:,} pictures in {plan.shards:,} shards, {state}")
+        states.append(f"plan {plan.number}: {made_of(plan.rows, plan.shards)}, {state}")
     plan, recipe = parts[-1].plan, parts[-1].recipe
     files = len({file.name for part in parts for file in part.recipe.manifest.files})
     rows, pictures = sum(part.recipe.manifest.rows for part in parts), sum(part.plan.rows for part in parts)
     return [
-        f"input   {files} file{'s' if files > 1 else ''}, {rows:,} rows, "
-        f"{plan.repeat} picture{'s' if plan.repeat > 1 else ''} a row",
+        f"input   {counted(files, 'file')}, {counted(rows, 'row')}, {counted(plan.repeat, 'picture')} a row",
         f"model   {recipe.job.model.path} ({plan.hard['checkpoint'][:12]}), {plan.hard['model.dtype']}",
-        f"output  {shown(recipe.uri)}: {pictures:,} pictures in {sum(part.plan.shards for part in parts):,} shards "
+        f"output  {shown(recipe.uri)}: {made_of(pictures, sum(part.plan.shards for part in parts))} "
         f"of at most {max(part.plan.rows_per_shard for part in parts):,}, {plan.sink}",
         f"where   {where}",
         *(f"state   {state}" for state in states),
@@ -52,21 +51,26 @@ def plan_lines(parts: Sequence[Prepared], where: str, update: bool = False) -> l
 
 
 def to_do(begun: Sequence[Beginning]) -> str:
-    """`48 pictures in 6 shards, 16 are done, 2 shards are built anew`."""
+    """`48 pictures in 6 shards, 16 done, 2 shards built anew`."""
     plans = [beginning.prepared.plan for beginning in begun]
-    parts = [f"{sum(plan.rows for plan in plans):,} pictures in {sum(plan.shards for plan in plans):,} shards"]
+    parts = [made_of(sum(plan.rows for plan in plans), sum(plan.shards for plan in plans))]
     if rows := sum(beginning.tally.rows for beginning in begun):
-        parts.append(f"{rows:,} are done")
+        parts.append(f"{rows:,} done")
     if anew := sum(len(beginning.revisions) for beginning in begun):
-        parts.append(f"{anew:,} shards are built anew")
+        parts.append(f"{counted(anew, 'shard')} built anew")
     if fresh := [plan.rows for plan, part in zip(plans, begun, strict=True) if plan.number > 1 and not part.tally.rows]:
-        parts.append(f"{sum(fresh):,} are new in the manifest")
+        parts.append(f"{sum(fresh):,} new in the manifest")
     return ", ".join(parts)
+
+
+def made_of(pictures: int, shards: int) -> str:
+    """`48 pictures in 6 shards`."""
+    return f"{counted(pictures, 'picture')} in {counted(shards, 'shard')}"
 
 
 def counts(tally: Tally) -> str:
     """`47 pictures, 1 failed (1 oom)`."""
-    return f"{tally.ok:,} pictures, {failures(tally.failed)}"
+    return f"{counted(tally.ok, 'picture')}, {failures(tally.failed)}"
 
 
 def complete(begun: Sequence[Beginning]) -> str:

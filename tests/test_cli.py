@@ -105,7 +105,7 @@ def test_failed_rows_above_the_limit_end_in_1(
     run = partial(batchsd, "run", "job.toml", "--set", "output.rows_per_shard=8")
     assert run() == 1
     told = capsys.readouterr()
-    assert "1 rows failed (1 bad_input), run.max_failed allows 0.08; all others are drawn" in told.err
+    assert "1 row failed (1 bad_input), run.max_failed allows 0.08; all others are drawn" in told.err
     assert "7 pictures, 1 failed (1 bad_input) in" in told.out
     assert run() == 1
     assert "nothing to do" in capsys.readouterr().out
@@ -220,7 +220,7 @@ def test_edit_update_retry_verify(job: Path, batchsd: Run, capsys: pytest.Captur
     assert batchsd("run", "job.toml") == 2
     assert "--update takes up rows" in capsys.readouterr().err
     assert batchsd("run", "job.toml", "--update") == 0
-    assert "4 are done, 1 shards are built anew" in capsys.readouterr().err
+    assert "4 done, 1 shard built anew" in capsys.readouterr().err
     new = pq.read_table("out/run1/data").column("image").to_pylist()
     assert [i for i in range(8) if old[i] != new[i]] == [6]
     assert batchsd("retry", "out/run1") == 0

@@ -206,7 +206,7 @@ def test_too_many_in_the_last_shard_do_not_keep_the_run_from_its_end(tmp_path: P
     assert (total.ok, total.failed) == (31, {"nan": 1})
     assert Ledger(store).succeeded()
     ended = json.loads((tmp_path / "__batchsd/status.json").read_text())
-    assert (ended["state"], ended["exit_code"]) == ("done", 1) and "1 rows failed (1 nan)" in ended["reason"]
+    assert (ended["state"], ended["exit_code"]) == ("done", 1) and "1 row failed (1 nan)" in ended["reason"]
 
 
 def stopping(stop: Stop, at_row: int, slow: float = 0.0) -> Any:

@@ -39,10 +39,10 @@ MAY_IMPORT = {
     "reread": "columns job ledger marker plan plugins published recipe rows sinks store values",
     "status": "ledger lock marker progress store",
     "verify": "columns ledger marker store",
-    "card": "columns ledger plan redact store",
+    "card": "columns ledger plan progress redact store",
     "contact": "columns images store",
     "revise": "columns job ledger marker plan prepare published store",
-    "doctor": "access job model place preflight prepare recipe store",
+    "doctor": "access job model place preflight prepare progress recipe store",
     "place": "access cluster deadlines executor job metrics preflight recipe seats",
     "metrics": "bench executor progress",
     "preflight": "access job model recipe store",
@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "memory": "ledger lock plan poison",
     "poison": "",
     "deadlines": "",
-    "stop": "marker",
+    "stop": "marker progress",
     "prepare": "columns job judging ledger manifest model pinned plan plugin_source plugins reader recipe retrying "
     "store",
     "recipe": "bench diffusion encode engine job judging manifest model network pinned plugin_source plugins prompts "

@@ -85,7 +85,7 @@ def test_a_run(here: str, tmp_path: Path) -> None:
     assert "7 shards, 13 rows, 12 pictures" in batchsd("verify", uri)
 
     put_manifest(here, [*prompts[:3], "a yellow cylinder", *prompts[4:], "a red cone and a blue cube"], tmp_path)
-    assert "2 shards are built anew" in batchsd("run", *job, *quick, "--update")
+    assert "2 shards built anew" in batchsd("run", *job, *quick, "--update")
     assert "7 shards, 13 rows, 13 pictures" in batchsd("verify", uri)
     assert "nothing to do" in batchsd("retry", uri, "--local")
     assert (at_end := store.read("report.html")) and at_end.count(b"<img ") >= 13 and b'class="strip"' not in at_end

@@ -127,7 +127,7 @@ def test_a_restart_after_midnight_goes_on_with_its_day(
         with pytest.raises(Died):
             run(job, MONDAY)
     assert Ledger(open_store(f"{here}/out/{MONDAY}")).tally().rows == 2
-    assert "8 pictures in 4 shards, 2 are done" in run(job, MONDAY)
+    assert "8 pictures in 4 shards, 2 done" in run(job, MONDAY)
     assert rows(f"{here}/out/{MONDAY}") == sorted(ids)
     assert open_store(f"{here}/out").children("") == [str(MONDAY)]
 
@@ -148,7 +148,7 @@ def test_a_day_is_stopped_by_its_scheduler_and_begun_again(here: str, tmp_path: 
     assert first.returncode == 75, said
     done = Ledger(store).tally().rows
     assert 0 < done < 32
-    assert f"32 pictures in 16 shards, {done} are done" in run(job, MONDAY)
+    assert f"32 pictures in 16 shards, {done} done" in run(job, MONDAY)
     assert rows(f"{here}/out/{MONDAY}") == sorted(ids)
 
 

@@ -18,6 +18,7 @@ def export(run_folder: str, sink: str, to: str | None, names: tuple[str, ...]) -
     """Write RUN's rows in another layout, without drawing again."""
     from batchsd import plugins
     from batchsd.export import export as write
+    from batchsd.progress import counted
     from batchsd.summary import shown
     from batchsd.types import UsageError
 
@@ -26,7 +27,7 @@ def export(run_folder: str, sink: str, to: str | None, names: tuple[str, ...]) -
         raise UsageError(f"--sink: {sink!r} is unknown; have {', '.join(sinks)}")
     target = to or f"{run_folder.rstrip('/')}-{sink}"
     rows = write(run_folder, sinks[sink], sink, target)
-    click.echo(f"{rows:,} rows -> {shown(target)}")
+    click.echo(f"{counted(rows, 'row')} -> {shown(target)}")
 
 
 @click.command()
@@ -38,6 +39,7 @@ def export(run_folder: str, sink: str, to: str | None, names: tuple[str, ...]) -
 )
 def report(run_folder: str, to: str | None, rows: int, strips: int | None) -> None:
     """Show RUN as one HTML page: pictures, figures, failures, strips from noise to picture, the exact job."""
+    from batchsd.progress import counted
     from batchsd.report import write_report
     from batchsd.store import open_store
     from batchsd.summary import shown
@@ -45,4 +47,4 @@ def report(run_folder: str, to: str | None, rows: int, strips: int | None) -> No
     folder, _, name = (to or f"{run_folder.rstrip('/')}/report.html").rpartition("/")
     count, seconds = (STRIPS, PATIENCE) if strips is None else (strips, None)
     count, size = write_report(run_folder, open_store(folder or "."), name, rows, count, seconds)
-    click.echo(f"{count:,} pictures on {shown(to or f'{run_folder}/report.html')} ({size / 2**20:.1f} MiB)")
+    click.echo(f"{counted(count, 'picture')} on {shown(to or f'{run_folder}/report.html')} ({size / 2**20:.1f} MiB)")

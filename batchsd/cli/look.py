@@ -14,6 +14,7 @@ import click
 
 from batchsd.cli.options import date_option, json_option, load_job, set_option
 from batchsd.cli.terminal import say
+from batchsd.progress import counted
 
 
 @click.command()
@@ -75,7 +76,7 @@ def validate(job: str, sets: tuple[str, ...], day: datetime | None) -> None:
         bad += 1
         if bad <= 20:
             click.echo(f"{key}: {what}")
-    click.echo(f"{manifest.rows:,} rows, {bad:,} bad")
+    click.echo(f"{counted(manifest.rows, 'row')}, {bad:,} bad")
     limit = loaded.run.max_failed
     if bad > (limit if isinstance(limit, int) else limit * manifest.rows):
         raise SystemExit(1)

@@ -7,6 +7,7 @@ import sys
 import click
 
 from batchsd.cli.terminal import say
+from batchsd.progress import counted
 
 
 @click.command()
@@ -31,11 +32,11 @@ def verify(run_folder: str) -> None:
     if sys.stderr.isatty():
         say("")
     click.echo(
-        f"{verdict.shards:,} shards, {verdict.rows:,} rows, {verdict.pictures:,} pictures, "
-        f"{verdict.bytes / 2**20:,.1f} MiB: {f'{faults:,} faults' if faults else 'all as their markers say'}"
+        f"{counted(verdict.shards, 'shard')}, {counted(verdict.rows, 'row')}, {counted(verdict.pictures, 'picture')}, "
+        f"{verdict.bytes / 2**20:,.1f} MiB: {counted(faults, 'fault') if faults else 'all as their markers say'}"
     )
     if verdict.missing:
-        say(f"{verdict.missing:,} shards are not drawn yet; run the job again to go on")
+        say(f"{counted(verdict.missing, 'shard')} not drawn yet; run the job again to go on")
     if faults or verdict.missing:
         raise SystemExit(1 if faults else 3)
 

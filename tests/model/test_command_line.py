@@ -151,7 +151,7 @@ def test_a_fp16_variant_alone_is_enough(job: Path, checkpoint: Path, call: Calla
     code, out, _ = call("inspect", "./model")
     assert code == 0 and "unet: " in out and "float16" in out
     code, out, errors = call("run", str(job), "--local", "--set", "model.path=./model")
-    assert code == 0 and out.startswith("1 pictures, 0 failed"), errors
+    assert code == 0 and out.startswith("1 picture, 0 failed"), errors
 
 
 def test_a_lora_of_another_family(job: Path, call: Callable[..., Any]) -> None:
