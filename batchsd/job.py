@@ -20,7 +20,7 @@ from pydantic import Field, PrivateAttr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from batchsd.fetch import Tell, local, local_spec, quiet
-from batchsd.job_errors import describe, have, origin
+from batchsd.job_errors import describe, have, named
 from batchsd.job_sources import HUB_NAME, Key, Layer, environment_layer, file_layer, set_layer
 from batchsd.model.extras import extra_files
 from batchsd.model.hub import cached_model
@@ -59,8 +59,7 @@ class Job(BaseSettings):
 
     def where(self, key: str) -> str:
         """The place of a dotted setting, to begin an error with: `jobs/a.toml:3: sampler.steps`."""
-        place = origin(tuple(key.split(".")), self._origins, "")
-        return f"{place}: {key}" if place else key
+        return named(tuple(key.split(".")), self._origins, "")
 
     def resolved(self) -> dict[str, Any]:
         """Every setting as plain JSON values; secrets too, so `redact` it before it is shown."""

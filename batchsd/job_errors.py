@@ -59,7 +59,7 @@ def describe(
             wrong.setdefault(key, []).append(text)
     for key, texts in wrong.items():
         value = json.dumps(redact(_value(key, values)), default=str, ensure_ascii=False)
-        lines.append(f"{origin(key, origins, file)}: {'.'.join(key)} = {_short(value)} {_join(texts)}")
+        lines.append(f"{named(key, origins, file)} = {_short(value)} {_join(texts)}")
     return lines
 
 
@@ -116,6 +116,14 @@ def _value(key: Key, values: Any) -> Any:
     for part in key:
         values = values[part]
     return values
+
+
+def named(key: Key, origins: Mapping[Key, str], file: str) -> str:
+    """A setting with the place that it comes from: `jobs/a.toml:3: sampler.steps`, `--set sampler.steps`."""
+    place, name = origin(key, origins, file), ".".join(key)
+    if place.endswith(f" {name}"):
+        return place
+    return f"{place}: {name}" if place else name
 
 
 def origin(key: Key, origins: Mapping[Key, str], file: str) -> str:

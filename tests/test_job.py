@@ -128,11 +128,11 @@ def test_a_model_is_a_shipped_name_a_path_or_a_hub_name(here):
     assert job(sets=("model.path=org/name",)).model.path == "org/name"
     assert job(sets=("model.path=org/folder",)).model.path == str(here / "org/folder")
     assert model_path(job(sets=("model.path=org/folder",))) == here / "org/folder"
-    said = r"--set model.path: model.path: 'tiny' does not ship with batchsd; .*a slash: ./tiny"
+    said = r"--set model.path: 'tiny' does not ship with batchsd; .*a slash: ./tiny"
     with pytest.raises(UsageError, match=said):
         model_path(job(sets=("model.path=tiny",)))
     with pytest.raises(
-        UsageError, match=f"^--set model.path: model.path: no file or folder {here}/none/x/y$"
+        UsageError, match=f"^--set model.path: no file or folder {here}/none/x/y$"
     ):
         model_path(job(sets=("model.path=none/x/y",)))
 
@@ -141,7 +141,7 @@ def test_a_hub_name_comes_from_the_local_cache_only(here, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(here / "hub"))
     asked = job(sets=("model.path=org/name",))
     said = "org/name is no path and not in the local hub cache; `hf download org/name` fetches it"
-    with pytest.raises(UsageError, match=f"^--set model.path: model.path: {said}$"):
+    with pytest.raises(UsageError, match=f"^--set model.path: {said}$"):
         model_path(asked)
     (here / "hub/models--org--name/snapshots/abc").mkdir(parents=True)
     assert model_path(asked) == here / "hub/models--org--name/snapshots/abc"

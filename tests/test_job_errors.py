@@ -74,7 +74,7 @@ def test_several_problems_are_one_line_each(here):
         "[sampler]\nsteps = 0\n", ("run.seed=-1",), {"BATCHSD_RUN__GRACE": "long"}
     ).splitlines() == [
         "jobs/a.toml:8: sampler.steps = 0 should be at least 1",
-        "--set run.seed: run.seed = -1 should be at least 0",
+        "--set run.seed = -1 should be at least 0",
         'environment BATCHSD_RUN__GRACE: run.grace = "long" should be a number',
     ]
 

@@ -144,7 +144,7 @@ REFUSED = {
     ),
     "unknown mapping": (
         {"caption": ["a"], "id": [1]}, ("input.columns.prompt=captoin",),
-        "--set input.columns.prompt: input.columns.prompt: the manifest has no column 'captoin' "
+        "--set input.columns.prompt: the manifest has no column 'captoin' "
         "- did you mean 'caption'?",
     ),
     "mapping like nothing": (
@@ -154,25 +154,25 @@ REFUSED = {
     ),
     "unknown in template": (
         {"color": ["red"]}, ("input.prompt=a {colour} {shape}",),
-        "--set input.prompt: input.prompt: the template names {colour}, but the manifest has no such column "
+        "--set input.prompt: the template names {colour}, but the manifest has no such column "
         "- did you mean 'color'?",
     ),
     "attribute in template": (
         {"color": ["red"]}, ("input.prompt=a {color!r}",),
-        "--set input.prompt: input.prompt: {color} needs a plain column name, as {color} "
+        "--set input.prompt: {color} needs a plain column name, as {color} "
         "(write {{ and }} for braces)",
     ),
     "open brace": (
         {"color": ["red"]}, ("input.prompt=a {color",),
-        "--set input.prompt: input.prompt: expected '}' before end of string (write {{ and }} for braces)",
+        "--set input.prompt: expected '}' before end of string (write {{ and }} for braces)",
     ),
     "bytes in template": (
         {"color": [b"red"]}, ("input.prompt=a {color}",),
-        "--set input.prompt: input.prompt: column 'color' is binary, which is no text",
+        "--set input.prompt: column 'color' is binary, which is no text",
     ),
     "template and mapping": (
         {"color": ["red"]}, ("input.prompt={color}", "input.columns.prompt=color"),
-        "--set input.prompt: input.prompt and input.columns.prompt both say where prompts come from; "
+        "--set input.prompt and input.columns.prompt both say where prompts come from; "
         "keep one",
     ),
     "number for text": (
@@ -219,7 +219,7 @@ def test_a_mapping_of_a_column_that_no_task_reads_is_refused():
     with pytest.raises(UsageError) as caught:
         open_manifest(job("p.parquet", "input.columns.negative_promt=no"), names=names)
     assert str(caught.value) == (
-        "--set input.columns.negative_promt: input.columns.negative_promt: unknown column "
+        "--set input.columns.negative_promt: unknown column "
         "- did you mean 'negative_prompt'?"
     )
 
@@ -308,7 +308,7 @@ def test_files_of_one_name_are_told_apart_and_keep_their_names_when_the_list_gro
 
 def test_each_wrong_place_of_a_list_is_a_line(here: Path):
     write("a.parquet", {"prompt": ["a"]})
-    wrong = "--set input.manifest: input.manifest: "
+    wrong = "--set input.manifest: "
     assert refusal(listed("a.parquet", "no.parquet", "b/*.parquet", "*.parquet")).splitlines() == [
         f"{wrong}{here}/no.parquet: no such file or folder",
         f"{wrong}{here}/b/*.parquet: no file matches",
@@ -325,7 +325,7 @@ def test_each_wrong_place_of_a_list_is_a_line(here: Path):
 def test_a_list_of_no_places_is_no_job(value: str, said: str):
     with pytest.raises(UsageError) as caught:
         job("p.parquet", f"input.manifest={value}")
-    assert str(caught.value).startswith(f"--set input.manifest: input.manifest = {said}")
+    assert str(caught.value).startswith(f"--set input.manifest = {said}")
 
 
 def test_stores_are_not_mixed_in_one_list(bucket: str):
