@@ -6,14 +6,17 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from batchsd.access import has_token
-from batchsd.executor import describe
+from batchsd.executor import Dispatcher, Executor, describe
 from batchsd.types import InfrastructureError
 
 KNOCK_PATIENCE = 10.0  # seconds
+LOOK_EVERY = 5.0  # seconds between looks at the head
+HEAD_PATIENCE = 40.0  # seconds of silence; after 60 Ray ends its drivers, with code 1 and no word for a user
 NODE_PATIENCE = 120.0  # seconds for a node to import what a question needs and answer it
 OBJECT_STORE = 128 * 2**20  # bytes; only tickets and events pass through it, never pictures
 # Ray's own, where the user has not set them.
@@ -34,17 +37,23 @@ def call_it(call: Callable[[], T]) -> T:
     return call()
 
 
-def knock(address: str) -> None:
+def knock(address: str, patience: float = KNOCK_PATIENCE) -> None:
     """Raises OSError where nothing listens: Ray itself would try for a quarter of an hour, in silence."""
     host, _, port = address.rpartition(":")
-    socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_PATIENCE).close()
+    socket.create_connection((host.strip("[]"), int(port)), timeout=patience).close()
 
 
 class Cluster:
-    """A connection to Ray, begun at once in a thread: it takes seconds, in which the plan is made."""
+    """A connection to Ray, begun at once in a thread: it takes seconds, in which the plan is made.
 
-    def __init__(self, address: str, cpus: int | None = None) -> None:
+    `lost` is called from that thread, with the reason, where the cluster's head is dead: no call to Ray returns then.
+    """
+
+    def __init__(
+        self, address: str, cpus: int | None = None, lost: Callable[[str], None] = lambda reason: None
+    ) -> None:
         self.address = address
+        self.lost = lost
         self._cpus = cpus  # of a private Ray
         self._up = threading.Event()
         self._close = threading.Event()
@@ -86,6 +95,8 @@ class Cluster:
                 name = address if address not in answers else f"{address} ({number[:6]})"
                 answers[name] = ray.get(reference, timeout=NODE_PATIENCE)
             except ray.exceptions.RayError as error:
+                if number not in {node["NodeID"] for node in self._alive()}:
+                    continue  # it has left meanwhile
                 raise InfrastructureError(f"node {address} does not answer: {describe(error)}") from None
         return answers
 
@@ -116,7 +127,46 @@ class Cluster:
             import ray
 
             ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR, **private)
+            head = ray.get_runtime_context().gcs_address
         except BaseException as error:  # told to whoever asks
             self._error = error
         self._up.set()
+        if self._error is None:
+            self._guard(head)
         self._close.wait()
+
+    def _guard(self, head: str) -> None:
+        """Until the end: does the head still answer?"""
+        heard = time.monotonic()
+        while not self._close.wait(LOOK_EVERY):
+            try:
+                knock(head, LOOK_EVERY)
+                heard = time.monotonic()
+            except OSError as error:
+                if (silent := time.monotonic() - heard) > HEAD_PATIENCE:
+                    self.lost(
+                        f"Ray's head at {head} has not answered for {silent:.0f} s ({describe(error)}); run the same "
+                        "command again when there is a cluster"
+                    )
+                    return
+
+
+class Headed:
+    """An executor on a cluster: before a head that is dead ends this process, the run's status says so."""
+
+    def __init__(self, executor: Executor, cluster: Cluster) -> None:
+        self.workers, self.inside = executor.workers, executor.inside
+        self._executor, self._cluster = executor, cluster
+
+    def run(self, dispatcher: Dispatcher) -> None:
+        lost = self._cluster.lost
+
+        def told(reason: str) -> None:
+            dispatcher.fail(reason)
+            lost(reason)
+
+        self._cluster.lost = told
+        try:
+            self._executor.run(dispatcher)
+        finally:
+            self._cluster.lost = lost

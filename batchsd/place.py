@@ -38,9 +38,11 @@ class Crew:
 class Place:
     """The chosen place. As a context it leaves Ray again at its end."""
 
-    def __init__(self, job: Job, address: str) -> None:
+    def __init__(self, job: Job, address: str, end: Callable[[str], None] = lambda reason: None) -> None:
+        """`end` ends this process, with a reason, where it would hang: a worker in it, or a Ray without a head."""
         self._job = job
         self._address = address
+        self._end = end
         self._cluster: Cluster | None = None
         self.warnings: list[str] = []
 
@@ -91,7 +93,7 @@ class Place:
                 where = self._job.where("ray.allow_unauthenticated")
                 inside = is_node(self._address)
                 check_access(self._address, ray.allow_unauthenticated, where, os.environ, inside)
-            self._cluster = Cluster(self._address, max(cpus_here(), self.workers) if private else None)
+            self._cluster = Cluster(self._address, max(cpus_here(), self.workers) if private else None, self._end)
         return self._cluster
 
     def check_nodes(self, recipe: Recipe) -> str:
@@ -106,20 +108,22 @@ class Place:
             return warning(self._address, {node: sight.mode for node, sight in sights.items()})
         return ""
 
-    def executor(self, recipe: Recipe, log: Callable[[str], None], end: Callable[[str], None]) -> Executor:
-        """The workers, once the plan is made; waits for Ray to be up. `end` ends a process that hangs."""
+    def executor(self, recipe: Recipe, log: Callable[[str], None]) -> Executor:
+        """The workers, once the plan is made; waits for Ray to be up."""
         patience = Patience.of(self._job.run.timeout)
         if not self.on_ray:
-            return InProcess(partial(recipe, device=self.crew.device), patience, end)
+            return InProcess(partial(recipe, device=self.crew.device), patience, self._end)
+        from batchsd.cluster import Headed
         from batchsd.metrics import Measured, record_for
         from batchsd.seats import RayActors, Reserve
 
-        self.connect().nodes()
-        crew = self.crew
+        cluster, crew = self.connect(), self.crew
+        cluster.nodes()
         build = partial(recipe, device=crew.device, threads=crew.threads)
         grows = self._job.ray.workers == "auto" and self._address != "local"
         reserve = Reserve(crew.cpus, crew.gpus, crew.threads, self._job.ray.wait, self._room if grows else None)
-        return Measured(RayActors(build, crew.workers, reserve, log, patience), record_for(self._job.output.uri))
+        actors = RayActors(build, crew.workers, reserve, log, patience)
+        return Headed(Measured(actors, record_for(self._job.output.uri)), cluster)
 
     def _room(self) -> int:
         """How many workers the cluster has room for by now."""
@@ -138,9 +142,11 @@ class Place:
         return f"{crew.workers} Ray actor{'s' if crew.workers > 1 else ''} {where}, {each} each"
 
 
-def choose_place(job: Job, option: str | None, environ: Mapping[str, str]) -> Place:
-    """The place for a job; `option` is --address. Raises UsageError for an address that cannot be one."""
-    return Place(job, choose_address(option, job.ray.address, environ))
+def choose_place(
+    job: Job, option: str | None, environ: Mapping[str, str], end: Callable[[str], None] = lambda reason: None
+) -> Place:
+    """The place for a job; `option` is --address, `end` as of `Place`. Raises UsageError for what is no address."""
+    return Place(job, choose_address(option, job.ray.address, environ), end)
 
 
 def choose_address(

@@ -19,6 +19,7 @@ from machines import Machine, machines, missing, reaches
 from runs import ROOT, Started, check_every_row_once, command, environment, markers, started, who_drew
 
 import batchsd
+from batchsd.status import read_status
 
 pytestmark = pytest.mark.cluster
 
@@ -35,14 +36,16 @@ class Net:
     other: Machine
     environ: dict[str, str]
 
-    def driver(self, output: Path, *options: str) -> contextlib.AbstractContextManager[Started]:
+    def driver(
+        self, output: Path, *options: str, on: Machine | None = None
+    ) -> contextlib.AbstractContextManager[Started]:
         """The quickstart, begun on the head."""
         words = command(output, "--address", f"{self.head.address}:{PORT}", *options)
-        return started(self.head.inside(words), output.parent / f"{output.name}.log", self.environ)
+        return started((on or self.head).inside(words), output.parent / f"{output.name}.log", self.environ)
 
 
-@pytest.fixture(scope="module")
-def net() -> Iterator[Net]:
+@contextlib.contextmanager
+def joined() -> Iterator[Net]:
     if why := missing():
         pytest.skip(why)
     own = Path(tempfile.mkdtemp(prefix="bray"))  # short: Ray's sockets lie below it
@@ -58,6 +61,12 @@ def net() -> Iterator[Net]:
         node = stack.enter_context(started(other.inside(join), logs / "other", environ))
         node.until(lambda: "Ray runtime started" in node.said)
         yield Net(head, other, environ)
+
+
+@pytest.fixture(scope="module")
+def net() -> Iterator[Net]:
+    with joined() as net:
+        yield net
 
 
 def refused(net: Net, output: Path, *options: str) -> str:
@@ -144,3 +153,21 @@ def test_the_quickstart_over_both_of_which_one_dies(net: Net, tmp_path: Path) ->
     assert "the worker's node is gone" in said and "drawn alone" not in said
     assert {host for host, _ in who_drew(output)} == {net.head.name, net.other.name}
     check_every_row_once(output)
+
+
+def test_the_head_dies_beside_its_driver(tmp_path: Path) -> None:
+    """With it goes all that Ray knows: the driver, on the other machine, says so; a new cluster goes on."""
+    output = tmp_path / "out"
+    with joined() as first, first.driver(output, "--set", "input.repeat=8", on=first.other) as process:
+        process.until(lambda: len(markers(output)) > 2)
+        first.head.die()
+        began = time.monotonic()
+        said = process.ends(3)
+    print(f"{time.monotonic() - began:.0f} s after the head's death:\n{said}")
+    assert "Ray's head at 10.213.77.1:6379 has not answered for" in said and "Traceback" not in said
+    assert read_status(str(output))["reason"] in said
+    done = len(markers(output))
+    with joined() as second, second.driver(output, "--set", "input.repeat=8") as process:
+        said = process.ends(0)
+    assert 0 < done < 48 and f"384 pictures in 48 shards, {8 * done} done" in said
+    check_every_row_once(output, repeat=8)

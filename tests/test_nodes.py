@@ -29,7 +29,7 @@ from batchsd.types import Record, Request, Shard
 
 pytestmark = pytest.mark.cluster
 
-LONG = 6  # pictures a row: more than an idle machine draws while a node comes or goes
+LONG = 6  # pictures a row, and a shard: more than an idle machine draws while a node comes or goes
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +110,20 @@ def test_a_node_leaves_in_mid_run(leave: Callable[[Any, Any], None], cluster: An
     print(said, who_drew(output))
     assert "2 Ray actors at" in said and "the worker's node is gone" in said
     assert "drawn alone" not in said, "rows were suspected of a node's death"
-    assert len(markers(output)) == 12 * LONG
+    assert len(markers(output)) == 48
     check_every_row_once(output, LONG)
+
+
+def test_a_node_that_has_just_died_is_asked_nothing(cluster: Any, tmp_path: Path, run: Any) -> None:
+    """Ray still counts it; the questions before the first shard find out."""
+    stays, dead = cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)
+    kill_raylet(cluster, dead)
+    with run() as process:
+        process.until(lambda: markers(tmp_path / "out"))
+        alive = workers_on(stays)
+        process.ends(0)
+    assert len(alive) == 1 and shards_by(tmp_path / "out", alive) == 12
+    check_every_row_once(tmp_path / "out")
 
 
 def test_a_node_that_joins_in_mid_run_draws(cluster: Any, tmp_path: Path, run: Any) -> None:

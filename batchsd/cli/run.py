@@ -99,7 +99,7 @@ def carry_out(job: Job, address: str | None, limit: int | None, begin: Begin) ->
 
     stop, out = Stop(job.run.grace, deadline_of(job.run.deadline, datetime.now())), sys.stdout
     with ExitStack() as stack:
-        place = stack.enter_context(choose_place(job, address, os.environ))
+        place = stack.enter_context(choose_place(job, address, os.environ, end))
         if place.on_ray:
             # Ray prints raylet's remarks to stdout, whatever one tells it.
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
@@ -144,7 +144,7 @@ def draw(begun: Sequence[Beginning], place: Place, stop: Stop, lock: Lock) -> tu
             if beginning.complete:
                 totals.append(beginning.tally)
                 continue
-            executor = place.executor(part.recipe, display.log, end)
+            executor = place.executor(part.recipe, display.log)
             limits = (stop, part.max_failed, display.show, display.log, lock.check, beginning.revisions)
             totals.append(drive(part.ledger, part.plan, beginning.tally, part.shards, executor, *limits))
     return totals, made(begun, sum_of(totals), time.monotonic() - began)
