@@ -146,6 +146,11 @@ class RayActors:
         except StopIteration:
             self._lost(seat, dispatcher, Loss("crashed", "the worker ended by itself"))
         except ray.exceptions.RayError as error:
+            if "owner has died" in str(error):  # ours: that is us, as the cluster sees it
+                raise InfrastructureError(
+                    "Ray counts this driver among the dead, for its node was lost, and has ended its workers; run the "
+                    "same command again, on a node that lives"
+                ) from error
             self._lost(seat, dispatcher, loss_of(error))
         else:
             self._take_in(seat, dispatcher, message)
