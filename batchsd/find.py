@@ -44,12 +44,25 @@ def reading(where: str, disk: Disk | None = None) -> Iterator[None]:
     except FileNotFoundError:
         raise UsageError(f"{where}: no such file") from None
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as error:
-        raise UsageError(f"{where}: not a readable Parquet file: {_first_line(error)}") from None
+        raise UsageError(f"{where}: not a readable Parquet file: {_first_line(error)}{_converted(where)}") from None
     except OSError as error:
         # pyarrow raises a bare OSError for damaged pages; a disk or a network error carries its number.
         damaged = error.errno is None and not str(error).startswith("AWS") and not (disk and disk.uri)
         kind = UsageError if damaged or isinstance(error, PermissionError) else InfrastructureError
         raise kind(f"{where}: cannot be read: {_first_line(error)}") from None
+
+
+def _converted(where: str) -> str:
+    """How a table of another format becomes Parquet."""
+    stem, _, extension = where.rpartition(".")
+    reader = {"csv": "csv.read_csv", "json": "json.read_json", "jsonl": "json.read_json"}.get(extension.lower())
+    name = posixpath.basename(stem)
+    if reader is None or not re.fullmatch(r"[\w.-]+", name):  # what stands in a shell's line must be plain
+        return ""
+    return (
+        f"; to make one: python -c \"from pyarrow import csv, json, parquet; "
+        f"parquet.write_table({reader}('{name}.{extension}'), '{name}.parquet')\""
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -4,6 +4,8 @@ import hashlib
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -128,6 +130,13 @@ def test_what_cannot_be_a_manifest(here):
             f"a.toml:2: input.manifest: {here}/{name}: not a readable Parquet file: Parquet magic"
         )
         assert "\n" not in said
+    Path("a$b.csv").write_text("prompt\n")
+    assert "to make one" not in refusal(job("a$b.csv"))
+    for name, text in {"a.csv": "prompt\na red sphere\n", "b.jsonl": '{"prompt": "a red sphere"}\n'}.items():
+        Path(name).write_text(text)
+        advice = refusal(job(name)).rpartition("to make one: ")[2]
+        subprocess.run(["sh", "-c", advice.replace("python", sys.executable, 1)], check=True)
+        assert open_manifest(job(name.partition(".")[0] + ".parquet")).rows == 1
     assert refusal(job("empty.parquet")) == (
         "a.toml:2: input.manifest: the manifest is empty (empty.parquet, no rows)"
     )
