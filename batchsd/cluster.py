@@ -137,13 +137,14 @@ class Cluster:
 
     def _guard(self, head: str) -> None:
         """Until the end: does the head still answer?"""
-        heard = time.monotonic()
+        heard, missed = time.monotonic(), 0
         while not self._close.wait(LOOK_EVERY):
             try:
                 knock(head, LOOK_EVERY)
-                heard = time.monotonic()
+                heard, missed = time.monotonic(), 0
             except OSError as error:
-                if (silent := time.monotonic() - heard) > HEAD_PATIENCE:
+                silent, missed = time.monotonic() - heard, missed + 1
+                if silent > HEAD_PATIENCE and missed > 2:  # one after a long pause may be this process's own
                     self.lost(
                         f"Ray's head at {head} has not answered for {silent:.0f} s ({describe(error)}); run the same "
                         "command again when there is a cluster"

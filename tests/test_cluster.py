@@ -79,19 +79,20 @@ def test_a_head_that_dies_ends_the_run_with_a_word(head: socket.socket) -> None:
 
 
 def test_a_head_that_comes_back_was_not_missed(head: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Silent for most of a second, again and again."""
-    asked, over = 0, threading.Event()
+    """Silent for most of a second, again and again; and this process itself is stopped once."""
+    asked, over, paused = 0, threading.Event(), 0.0
 
     def knock(address: str, patience: float) -> None:
-        nonlocal asked
+        nonlocal asked, paused
         asked += 1
+        paused += 100 if asked == 51 else 0  # as after SIGSTOP
         if asked == 100:
             over.set()
-        if asked % 10:
+        if asked % 10 and asked != 52:
             raise OSError("silent")
 
     monkeypatch.setattr(cluster, "knock", knock)
-    monkeypatch.setattr(cluster, "time", SimpleNamespace(monotonic=lambda: asked / 10))
+    monkeypatch.setattr(cluster, "time", SimpleNamespace(monotonic=lambda: asked / 10 + paused))
     said: list[str] = []
     ours = Cluster("local", lost=said.append)
     ours.nodes()
