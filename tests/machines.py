@@ -1,6 +1,6 @@
 """Machines on one: each has a network address, processes, a name and mounts of its own (Linux namespaces, as root).
 
-    bridge 10.213.77.254 -- veth -- machine 10.213.77.1, 10.213.77.2, ...
+    bridge 10.213.1.254 -- veth -- machine 10.213.1.1, 10.213.1.2, ...
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-NET = "10.213.77"
+NETS = (f"10.213.{number}" for number in range(1, 255))  # one a call: a module's machines may stand beside a test's own
 TOOLS = ("ip", "nsenter", "unshare", "mount", "hostname")
 
 
@@ -75,23 +75,26 @@ class Machine:
 @contextlib.contextmanager
 def machines(count: int, own: Path) -> Iterator[list[Machine]]:
     """`count` of them; the folder `own` is another, empty one on each. All is taken down at the end."""
-    tag = f"bd{os.getpid() % 100000}"
+    net = next(NETS)
+    tag = f"bd{os.getpid() % 100000}x{net.rpartition('.')[2]}"  # short: a link's name has 15 letters at most
     with contextlib.ExitStack() as stack:
         tell("ip", "link", "add", tag, "type", "bridge")
         stack.callback(tell, "ip", "link", "del", tag)
-        tell("ip", "address", "add", f"{NET}.254/24", "dev", tag)
+        tell("ip", "address", "add", f"{net}.254/24", "dev", tag)
         tell("ip", "link", "set", tag, "up")
-        yield [stack.enter_context(machine(tag, number, own)) for number in range(1, count + 1)]
+        yield [stack.enter_context(machine(tag, f"{net}.{number}", own)) for number in range(1, count + 1)]
 
 
 @contextlib.contextmanager
-def machine(tag: str, number: int, own: Path) -> Iterator[Machine]:
-    name, address, hosts = f"{tag}n{number}", f"{NET}.{number}", Path("/etc/netns") / f"{tag}n{number}"
+def machine(tag: str, address: str, own: Path) -> Iterator[Machine]:
+    number = address.rpartition(".")[2]
+    name, link = f"{tag}n{number}", f"{tag}v{number}"
+    hosts = Path("/etc/netns") / name
     with contextlib.ExitStack() as stack:
         tell("ip", "netns", "add", name)
         stack.callback(tell, "ip", "netns", "del", name)
-        tell("ip", "link", "add", f"{tag}v{number}", "type", "veth", "peer", "name", "eth0", "netns", name)
-        tell("ip", "link", "set", f"{tag}v{number}", "master", tag, "up")
+        tell("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
+        tell("ip", "link", "set", link, "master", tag, "up")
         for words in (f"address add {address}/24 dev eth0", "link set eth0 up", "link set lo up"):
             tell("ip", "-n", name, *words.split())
         hosts.mkdir(parents=True)  # `ip netns exec` lays what is there over /etc

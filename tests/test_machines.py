@@ -164,7 +164,7 @@ def test_the_head_dies_beside_its_driver(tmp_path: Path) -> None:
         began = time.monotonic()
         said = process.ends(3)
     print(f"{time.monotonic() - began:.0f} s after the head's death:\n{said}")
-    assert "Ray's head at 10.213.77.1:6379 has not answered for" in said and "Traceback" not in said
+    assert f"Ray's head at {first.head.address}:{PORT} has not answered for" in said and "Traceback" not in said
     assert read_status(str(output))["reason"] in said
     done = len(markers(output))
     with joined() as second, second.driver(output, "--set", "input.repeat=8") as process:
