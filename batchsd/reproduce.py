@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from batchsd.cells import Cells
-from batchsd.columns import IMAGE_INPUTS, MANIFEST, RESOLVED, manifest_column
+from batchsd.columns import IMAGE_INPUTS, MADE, MANIFEST, OURS, RESOLVED, manifest_column
 from batchsd.find import Disk, disk_of
-from batchsd.job import pixel_settings
+from batchsd.job import Job, pixel_settings
 from batchsd.ledger import Ledger, ledgers, place_of
 from batchsd.manifest import Manifest
 from batchsd.marker import Marker
@@ -24,7 +24,6 @@ from batchsd.plan import Plan, shards_of
 from batchsd.plugin_source import source_facts
 from batchsd.published import Row, reread
 from batchsd.recipe import WHO, Recipe, names_of, sink_of
-from batchsd.reread import schema_in
 from batchsd.revise import job_of_run
 from batchsd.rows import key_text, row_hasher
 from batchsd.store import Store, open_store
@@ -98,7 +97,7 @@ class Run:
         job, _ = job_of_run(uri)
         self.job = job.model_copy(update={"model": job.model.model_copy(update={"path": model})}) if model else job
         self.registry: Registry = plugins.build(job.plugins, Path())
-        self.schema = schema_in(newest)
+        self.schema = schema_of(newest, job)
         self.sink: Sink = sink_of(job, self.registry)
 
     def find(self, wanted: str, repeat: int = 0) -> Found:
@@ -250,6 +249,17 @@ class Run:
         for name, here in source_facts(self.registry.sources[1:]).items():
             if hard.get(name) != here:
                 yield f"{name}: {hard.get(name)} then, {here} now"
+
+
+def schema_of(plan: Plan, job: Job) -> pa.Schema:
+    """The output's columns by their origins, from the plan alone; types are not told."""
+    ours = {job.output.columns.get(name, name): name for name in (*RESOLVED, *MADE)}
+    given = {new: name for name, new in job.output.columns.items()}
+    fields = []
+    for name in plan.schema:
+        origin = {OURS: ours[name]} if name in ours else {MANIFEST: given.get(name, name)}
+        fields.append(pa.field(name, pa.null(), metadata=origin))
+    return pa.schema(fields)
 
 
 def pixels_of(data: bytes) -> np.ndarray:
