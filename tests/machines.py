@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-NETS = (f"10.213.{number}" for number in range(1, 255))  # one a call: a module's machines may stand beside a test's own
+NETS = iter(range(1, 255))  # 10.213.N, one a call: a module's machines may stand beside a test's own
 TOOLS = ("ip", "nsenter", "unshare", "mount", "hostname")
 
 
@@ -76,18 +76,18 @@ class Machine:
 def machines(count: int, own: Path) -> Iterator[list[Machine]]:
     """`count` of them; the folder `own` is another, empty one on each. All is taken down at the end."""
     net = next(NETS)
-    tag = f"bd{os.getpid() % 100000}x{net.rpartition('.')[2]}"  # short: a link's name has 15 letters at most
+    tag = f"bd{os.getpid() % 100000}x{net}"  # short: a link's name has 15 letters at most
     with contextlib.ExitStack() as stack:
         tell("ip", "link", "add", tag, "type", "bridge")
         stack.callback(tell, "ip", "link", "del", tag)
-        tell("ip", "address", "add", f"{net}.254/24", "dev", tag)
+        tell("ip", "address", "add", f"10.213.{net}.254/24", "dev", tag)
         tell("ip", "link", "set", tag, "up")
-        yield [stack.enter_context(machine(tag, f"{net}.{number}", own)) for number in range(1, count + 1)]
+        numbers = range(1, count + 1)
+        yield [stack.enter_context(machine(tag, number, f"10.213.{net}.{number}", own)) for number in numbers]
 
 
 @contextlib.contextmanager
-def machine(tag: str, address: str, own: Path) -> Iterator[Machine]:
-    number = address.rpartition(".")[2]
+def machine(tag: str, number: int, address: str, own: Path) -> Iterator[Machine]:
     name, link = f"{tag}n{number}", f"{tag}v{number}"
     hosts = Path("/etc/netns") / name
     with contextlib.ExitStack() as stack:
